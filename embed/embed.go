@@ -165,7 +165,7 @@ func (s *Server) run(ctx context.Context, cfg Config, p *parts, tcp, inside, met
 	group, failed := errgroup.WithContext(ctx)
 	loops, endLoops := context.WithCancel(ctx)
 	group.Go(func() error {
-		err := p.manager.Run(loops)
+		err := p.replica.Run(loops, p.manager)
 		if err == nil && loops.Err() == nil {
 			err = errors.New("ended without a stop")
 		}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
@@ -22,6 +23,7 @@ import (
 // stats collects the metrics of the manager, the collector and the object stores. The
 // names are part of the interface.
 type stats struct {
+	replica  *replica.Replica
 	manager  *manager.Manager
 	stores   map[string]*admit.Store
 	problems *lasting.Problems
@@ -112,7 +114,7 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	for _, state := range []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting} {
 		gauge(snapshotsDesc, float64(now.Snapshots[state]), strings.ToLower(state.String()))
 	}
-	gauge(leaderDesc, boolGauge(now.Leading))
+	gauge(leaderDesc, boolGauge(s.replica.Leading()))
 	pending := notReady(s.stores)
 	for alias, store := range s.stores {
 		ready := !slices.Contains(pending, alias)
@@ -132,14 +134,14 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(skewDesc, now.ClockSkew.Seconds())
 	gauge(clockDesc, boolGauge(now.ClockStopped))
 	gauge(pinsDesc, float64(now.Pins))
-	restores := s.manager.Jobs().Stats()
+	restores := s.replica.Jobs.Stats()
 	for state, n := range restores.Jobs {
 		gauge(restoresDesc, float64(n), strings.ToLower(state.String()))
 	}
 	gauge(workersDesc, float64(restores.Workers))
 	gauge(tasksDesc, float64(restores.Running))
 	ch <- prometheus.MustNewConstMetric(refusalsDesc, prometheus.CounterValue, float64(restores.Refusals))
-	refs := s.manager.GC().Stats()
+	refs := s.replica.GC.Stats()
 	gauge(referencesDesc, float64(refs.Snapshots), "known")
 	gauge(referencesDesc, float64(refs.Loading), "loading")
 	gauge(referencesDesc, float64(refs.Unreadable), "unreadable")
@@ -148,7 +150,7 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(tombstonesDesc, float64(refs.Granted), "snapshotd")
 	gauge(tombstonesDesc, float64(refs.Unconfirmed), "caller")
 	gauge(oldestDesc, refs.Oldest.Seconds())
-	s.collector(ch, gauge, now.Leading)
+	s.collector(ch, gauge, s.replica.Leading())
 }
 
 // boolGauge returns 1 for true and 0 for false.
@@ -165,7 +167,7 @@ const behindTimeout = 500 * time.Millisecond
 // collector collects the metrics of the collector. Only the leader reports those of
 // rounds and sweeps.
 func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Desc, float64, ...string), leading bool) {
-	counters := s.manager.GC().Counters()
+	counters := s.replica.GC.Counters()
 	for _, reason := range gc.Reasons() {
 		objects, bytes := counters.Of(reason)
 		ch <- prometheus.MustNewConstMetric(deletedObjects, prometheus.CounterValue, float64(objects), reason.String())
@@ -173,13 +175,13 @@ func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Des
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), behindTimeout)
 	defer cancel()
-	if reason, err := s.manager.RolledBack(ctx); err == nil { // otherwise unknown
+	if reason, err := s.replica.Collector.RolledBack(ctx); err == nil { // otherwise unknown
 		gauge(behindDesc, boolGauge(reason != ""))
 	}
 	if !leading {
 		return
 	}
-	if last := s.manager.Collector().LastCycle(); last != nil {
+	if last := s.replica.Collector.LastCycle(); last != nil {
 		gauge(unitsDesc, float64(last.Waiting), "waiting")
 		gauge(unitsDesc, float64(last.Held), "held")
 		gauge(unitsDesc, float64(last.Spilled), "parked")
@@ -187,7 +189,7 @@ func (s stats) collector(ch chan<- prometheus.Metric, gauge func(*prometheus.Des
 		gauge(stoppedDesc, float64(last.StopCount))
 		gauge(lastRoundDesc, seconds(last.End))
 	}
-	if sweep := s.manager.Collector().SweepStats(); !sweep.End.IsZero() {
+	if sweep := s.replica.Collector.SweepStats(); !sweep.End.IsZero() {
 		gauge(lastSweepDesc, seconds(sweep.End))
 		gauge(orphansDesc, float64(sweep.Waiting), "waiting")
 		gauge(orphansDesc, float64(sweep.Lost), "lost")

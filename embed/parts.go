@@ -13,7 +13,9 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/admit"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
@@ -37,6 +39,7 @@ type parts struct {
 	problems *lasting.Problems
 	cluster  cluster.Cluster
 	catalog  *catalog.Catalog
+	replica  *replica.Replica
 	manager  *manager.Manager
 	server   *server.Server
 	etcdErr  <-chan error                    // nil in a cluster
@@ -76,7 +79,7 @@ func openParts(ctx context.Context, cfg Config, log *zap.Logger, open *closers) 
 	if p.stores, err = openStores(ctx, cfg, kv, p, open); err != nil {
 		return nil, err
 	}
-	if err := p.openManager(); err != nil {
+	if err := p.openReplica(); err != nil {
 		return nil, err
 	}
 	return p, p.openServer()
@@ -94,8 +97,8 @@ func (p *parts) newClock() *clock.Trusted {
 	return clock.New(o)
 }
 
-// openManager makes the catalog and the manager.
-func (p *parts) openManager() error {
+// openReplica makes the catalog, the parts of the replica and the manager.
+func (p *parts) openReplica() error {
 	cfg := &p.cfg
 	stores, ready := map[string]object.Store{}, map[string]<-chan struct{}{}
 	for alias, s := range p.stores {
@@ -115,26 +118,35 @@ func (p *parts) openManager() error {
 		MaxGoneRanges: cfg.GoneIDRanges, GoneGapAge: time.Duration(cfg.GoneIDAge),
 	})
 	var err error
-	p.manager, err = manager.New(manager.Options{
-		Problems: p.problems,
-		KV:       p.kv, Catalog: p.catalog, Cluster: p.cluster, Stores: stores, Ready: ready,
-		SnapshotStore: cfg.SnapshotStore, Requests: requests, Epoch: history,
+	p.replica, err = replica.New(replica.Options{
+		Shared: replica.Shared{
+			KV: p.kv, Catalog: p.catalog, Stores: stores, SnapshotStore: cfg.SnapshotStore, Ready: ready,
+			Requests: requests, Epoch: history, Replica: cfg.Replica, Now: time.Now, Clock: trusted, Rand: rand.Reader,
+			Log: p.log.Named("manager"), Problems: p.problems,
+		},
+		LeaderTTL: time.Duration(cfg.LeaderTTL), Rate: cfg.CollectRate,
+		Slots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
+		StallTimeout:   time.Duration(cfg.RestoreStallTimeout),
+		RefusalTimeout: time.Duration(cfg.RestoreRefusalTimeout),
+		Collector: collect.Options{
+			Off: cfg.Collector == collectorOff, Tolerance: time.Duration(cfg.CollectTolerance),
+			Interval: time.Duration(cfg.CollectInterval), MaxShare: cfg.CollectMaxShare,
+			OrphanGrace: time.Duration(cfg.OrphanGrace), SweepInterval: time.Duration(cfg.SweepInterval),
+		},
+	})
+	if err != nil {
+		return err
+	}
+	p.manager = manager.New(manager.Options{
+		Shared: p.replica.Shared, Snapshots: p.replica.Snapshots, GC: p.replica.GC,
+		Collector: p.replica.Collector, Jobs: p.replica.Jobs, Cluster: p.cluster, Release: cfg.Version,
 		Features: func(ctx context.Context, alias string, again bool) (probe.Features, error) {
 			return p.stores[alias].Features(ctx, again)
 		},
-		Replica: cfg.Replica, Release: cfg.Version, Now: time.Now, Clock: trusted, Rand: rand.Reader,
-		Log:           p.log.Named("manager"),
 		CreateTimeout: time.Duration(cfg.CreateTimeout), LeaseTTL: time.Duration(cfg.CreateLeaseTTL),
-		LeaderTTL: time.Duration(cfg.LeaderTTL), MaxCreates: cfg.MaxCreates,
-		RestoreSlots: cfg.RestoreSlots, CopyInFlight: cfg.CopyInFlight, KeepRestores: time.Duration(cfg.KeepRestores),
-		RestoreStallTimeout:   time.Duration(cfg.RestoreStallTimeout),
-		RestoreRefusalTimeout: time.Duration(cfg.RestoreRefusalTimeout),
-		CollectorOff:          cfg.Collector == collectorOff, CollectTolerance: time.Duration(cfg.CollectTolerance),
-		CollectInterval: time.Duration(cfg.CollectInterval), CollectMaxShare: cfg.CollectMaxShare,
-		CollectRate: cfg.CollectRate, OrphanGrace: time.Duration(cfg.OrphanGrace),
-		SweepInterval: time.Duration(cfg.SweepInterval),
+		MaxCreates: cfg.MaxCreates,
 	})
-	return err
+	return nil
 }
 
 // openServer makes the gRPC server and the metrics.
@@ -144,12 +156,13 @@ func (p *parts) openServer() error {
 		return err
 	}
 	registry := newRegistry()
-	registry.MustRegister(stats{p.manager, p.stores, p.problems}, p.space)
+	registry.MustRegister(stats{p.replica, p.manager, p.stores, p.problems}, p.space)
 	p.web = func(profiles bool, unhealthy func() string) *http.Server {
 		return metricsServer(registry, unhealthy, func() string { return degraded(p.stores) }, profiles)
 	}
 	p.server, err = server.New(server.Options{
-		Manager: p.manager, Catalog: p.catalog, Cluster: p.cluster, KV: p.kv, Log: p.log.Named("rpc"),
+		Manager: p.manager, GC: p.replica.GC, Collector: p.replica.Collector, Jobs: p.replica.Jobs,
+		Catalog: p.catalog, Cluster: p.cluster, KV: p.kv, Log: p.log.Named("rpc"),
 		Registry: registry, TLS: config, Version: p.cfg.Version, Replica: p.cfg.Replica, Stores: p.cfg.aliases(),
 		SnapshotStore: p.cfg.SnapshotStore, MaxConnections: p.cfg.MaxConnections,
 	})

@@ -34,10 +34,17 @@ const (
 )
 
 // AwaitDeleted waits until the files of all units are deleted that were granted to
-// snapshotd up to a time, in one collection or, with 0, in all. It includes the grants
-// of other calls, and does not end while a file cannot be deleted: the end of ctx ends
-// it, with the error of ctx. An unreadable tombstone is a record.ErrUnreadable.
-func (g *GC) AwaitDeleted(ctx context.Context, collection int64, granted time.Time) error {
+// snapshotd up to a time, in one collection or, with the zero Ref, in all. It includes
+// the grants of other calls, and does not end while a file cannot be deleted: the end of
+// ctx ends it, with the error of ctx. An unreadable tombstone is a record.ErrUnreadable.
+func (g *GC) AwaitDeleted(ctx context.Context, ref catalog.Ref, granted time.Time) error {
+	var collection int64
+	if ref != (catalog.Ref{}) {
+		var err error
+		if collection, err = g.o.Catalog.Resolve(ctx, ref); err != nil {
+			return err
+		}
+	}
 	if _, err := g.tombstones.follower.Sync(ctx); err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	metamemory "github.com/snapshotd/snapshotd/internal/store/meta/memory"
@@ -216,7 +217,7 @@ func TestUnreadableTombstones(t *testing.T) {
 			if got := r.tombstones.untried(nil); !slices.Equal(got, []string{list[0], list[2]}) {
 				t.Errorf("to be deleted: %v", got)
 			}
-			err = r.AwaitDeleted(t.Context(), 0, time.Now())
+			err = r.AwaitDeleted(t.Context(), catalog.Ref{}, time.Now())
 			if !errors.Is(err, record.ErrUnreadable) ||
 				!strings.Contains(err.Error(), list[1]) && !strings.Contains(err.Error(), "unit") {
 				t.Errorf("err = %v", err)
@@ -226,7 +227,7 @@ func TestUnreadableTombstones(t *testing.T) {
 			meta.Delete(list[0]), meta.Delete(list[1]), meta.Delete(list[2]),
 		}})
 		e.must(err)
-		if err := r.AwaitDeleted(t.Context(), 0, time.Now()); err != nil || r.tombstones.size != 0 {
+		if err := r.AwaitDeleted(t.Context(), catalog.Ref{}, time.Now()); err != nil || r.tombstones.size != 0 {
 			t.Errorf("%v, %d bytes", err, r.tombstones.size)
 		}
 	})

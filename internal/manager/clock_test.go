@@ -25,9 +25,9 @@ import (
 
 // on configures a replica that runs on a host. With alone, its object store is a
 // directory of the host.
-func (w *testEnv) on(h *hosts.Host, alone bool) func(*Options) {
+func (w *testEnv) on(h *hosts.Host, alone bool) func(*testOptions) {
 	h.Boot()
-	return func(o *Options) {
+	return func(o *testOptions) {
 		o.Now = h.Now
 		if alone {
 			o.Stores = map[string]object.Store{"default": onHost{o.Stores["default"], h}}
@@ -48,7 +48,7 @@ type onHost struct {
 
 func (s onHost) Now(context.Context) (time.Time, error) { return s.h.Now(), nil }
 
-func (w *testEnv) left(r *replica) int {
+func (w *testEnv) left(r *testReplica) int {
 	w.t.Helper()
 	list, _, err := r.List(w.t.Context(), Filter{}, Place{}, 1000)
 	if err != nil {
@@ -57,7 +57,7 @@ func (w *testEnv) left(r *replica) int {
 	return len(list)
 }
 
-func (w *testEnv) createTTL(r *replica, col catalog.Collection, name string, ttl time.Duration) *snapshot.Record {
+func (w *testEnv) createTTL(r *testReplica, col catalog.Collection, name string, ttl time.Duration) *snapshot.Record {
 	w.t.Helper()
 	sp := spec(col, name)
 	sp.TTL = ttl
@@ -97,7 +97,7 @@ func TestTTLWithSkewedCreatorClock(t *testing.T) {
 func TestDropTimeWithSkewedClock(t *testing.T) {
 	for _, by := range []time.Duration{-2 * time.Hour, 2 * time.Hour} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+			a := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 			settle()
 			b := w.start("b", w.on(hosts.Off(by), false))
 			col, _, _ := w.collection(a, "c")
@@ -196,7 +196,7 @@ func TestHostClockSteps(t *testing.T) {
 	})
 }
 
-func dropByName(ctx context.Context, r *replica, name string) error {
+func dropByName(ctx context.Context, r *testReplica, name string) error {
 	_, err := r.Drop(ctx, request.Token{}, Ref{Name: name}, 0)
 	return err
 }
@@ -265,7 +265,7 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 			}
 			time.Sleep(4 * time.Minute)
 			settle()
-			got, err := a.jobs.Get(t.Context(), job.ID)
+			got, err := a.Jobs.Get(t.Context(), job.ID)
 			if err != nil || got.Job.State != copyjob.Completed {
 				t.Errorf("%+v: %v, %v", off, got, err)
 			}
@@ -277,7 +277,7 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 // before it is registered, also in a replica that measures for no other reason.
 func TestWorkerMeasuresTheClock(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		w.start("leader", func(o *Options) { o.RestoreSlots = -1 })
+		w.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
 		settle()
 		r := w.start("a", w.on(hosts.Off(-24*time.Hour), false))
 		r.kv.Hook(func(meta.Call) meta.Fault {
@@ -352,7 +352,7 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 func TestExpiredButPinned(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		idle := func(pinned int) int {
-			r := w.start(fmt.Sprint("a", pinned), func(o *Options) { o.CollectorOff = true })
+			r := w.start(fmt.Sprint("a", pinned), func(o *testOptions) { o.Parts.Collector.Off = true })
 			defer r.stop()
 			col, _, _ := w.collection(r, fmt.Sprint("c", pinned))
 			for i := range pinned {
@@ -374,7 +374,7 @@ func TestExpiredButPinned(t *testing.T) {
 		if with > without+100 { // with one attempt per pass there would be 50
 			t.Errorf("%d calls with 50 expired and pinned snapshots, %d without", with, without)
 		}
-		r := w.start("b", func(o *Options) { o.CollectorOff = true })
+		r := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		settle()
 		n := w.left(r)
 		s, err := r.Get(t.Context(), Ref{Name: "s7"})
@@ -410,7 +410,7 @@ func TestPinExpiresBeforeItsLease(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	pinned := func(t *testing.T, w *testEnv, r *replica) (*snapshot.Record, *Pin) {
+	pinned := func(t *testing.T, w *testEnv, r *testReplica) (*snapshot.Record, *Pin) {
 		t.Helper()
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "s")
@@ -435,7 +435,7 @@ func TestPinExpiresBeforeItsLease(t *testing.T) {
 	})
 	t.Run("readers and a drop do not wait for that", func(t *testing.T) {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *Options) { o.CleanInterval = 24 * time.Hour })
+			r := w.start("a", func(o *testOptions) { o.CleanInterval = 24 * time.Hour })
 			s, p := pinned(t, w, r)
 			if list, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10); len(list) != 1 || err != nil {
 				t.Fatal(list, err)

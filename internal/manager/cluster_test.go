@@ -33,8 +33,8 @@ const clusterPatience = 40 * time.Second
 
 // enduring lets creates outlast the faults of etcd in these tests, and shortens the
 // leader's retries.
-func enduring(o *Options) {
-	o.LeaseTTL, o.LeaderTTL, o.CleanInterval = 20*time.Second, 2*time.Second, 5*time.Second
+func enduring(o *testOptions) {
+	o.LeaseTTL, o.Parts.LeaderTTL, o.CleanInterval = 20*time.Second, 2*time.Second, 5*time.Second
 }
 
 // eventually waits for a condition in real time.
@@ -72,7 +72,7 @@ func unanswered(err error) bool {
 
 // definite repeats a call, each time at the next replica, until its outcome is known.
 func definite[T any](
-	t *testing.T, replicas []*replica, call func(ctx context.Context, r *replica) (T, error),
+	t *testing.T, replicas []*testReplica, call func(ctx context.Context, r *testReplica) (T, error),
 ) (T, error) {
 	t.Helper()
 	deadline := time.Now().Add(clusterPatience)
@@ -91,10 +91,10 @@ func definite[T any](
 }
 
 func createDefinite(
-	t *testing.T, replicas []*replica, tok request.Token, col catalog.Collection, name string,
+	t *testing.T, replicas []*testReplica, tok request.Token, col catalog.Collection, name string,
 ) (*snapshot.Record, error) {
 	t.Helper()
-	return definite(t, replicas, func(ctx context.Context, r *replica) (*snapshot.Record, error) {
+	return definite(t, replicas, func(ctx context.Context, r *testReplica) (*snapshot.Record, error) {
 		return r.Create(ctx, tok, spec(col, name))
 	})
 }
@@ -102,7 +102,7 @@ func createDefinite(
 // clusterWork creates and drops snapshots and records the acknowledged ones.
 type clusterWork struct {
 	t        *testing.T
-	replicas []*replica
+	replicas []*testReplica
 	col      catalog.Collection
 
 	mu      sync.Mutex
@@ -128,15 +128,15 @@ func (l lossy) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 	return res, err
 }
 
-func (c *clusterWork) create(replicas []*replica, tok request.Token, name string) (*snapshot.Record, error) {
-	return definite(c.t, replicas, func(ctx context.Context, r *replica) (*snapshot.Record, error) {
+func (c *clusterWork) create(replicas []*testReplica, tok request.Token, name string) (*snapshot.Record, error) {
+	return definite(c.t, replicas, func(ctx context.Context, r *testReplica) (*snapshot.Record, error) {
 		return r.Create(ctx, tok, spec(c.col, name))
 	})
 }
 
 // make creates a snapshot of a new name and returns its id. An aborted create is
 // followed by another with the name.
-func (c *clusterWork) make(name string, replicas []*replica) (int64, bool) {
+func (c *clusterWork) make(name string, replicas []*testReplica) (int64, bool) {
 	for range 20 {
 		tok := token(rand.Text(), name)
 		s, err := c.create(replicas, tok, name)
@@ -177,7 +177,7 @@ func (c *clusterWork) round(worker, n int) {
 	}
 	tok := token(rand.Text(), name)
 	tok.Method = "DropSnapshot"
-	got, err := definite(c.t, replicas, func(ctx context.Context, r *replica) (int64, error) {
+	got, err := definite(c.t, replicas, func(ctx context.Context, r *testReplica) (int64, error) {
 		return r.Drop(ctx, tok, Ref{Name: name}, id)
 	})
 	if err != nil || got != id {
@@ -296,12 +296,12 @@ func TestClusterLeaderKilled(t *testing.T) {
 func TestClusterQuorumLost(t *testing.T) {
 	c := etcdcluster.Start(t)
 	w := inReality(t, c.KV(t))
-	quick := func(o *Options) {
-		o.LeaseTTL, o.LeaderTTL, o.CleanInterval = 6*time.Second, 2*time.Second, 5*time.Second
+	quick := func(o *testOptions) {
+		o.LeaseTTL, o.Parts.LeaderTTL, o.CleanInterval = 6*time.Second, 2*time.Second, 5*time.Second
 		o.CreateTimeout = 15 * time.Second
 	}
 	a, b := w.start("a", quick), w.start("b", quick)
-	both := []*replica{a, b}
+	both := []*testReplica{a, b}
 	col, _, _ := w.collection(a, "c")
 	// With a token, so that the lost call below is the commit and not the lease
 	// for its result.

@@ -11,7 +11,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 )
 
-// Collect makes a round of the collector now, see [collect.Collector.Collect]. It also
+// Collect runs a cycle of the collector now, see [collect.Collector.Collect]. It also
 // reports snapshots that expired, were dropped or whose creator is gone. The leader
 // removes them; Collect wakes the cleaner, which runs if this replica leads.
 func (m *Manager) Collect(ctx context.Context, o collect.CycleOptions) (collect.Summary, error) {

@@ -42,7 +42,7 @@ func (h *scanHook) Scan(
 }
 
 // dropMany registers n segments and drops some of them.
-func (w *testEnv) dropMany(r *replica, col catalog.Collection, n, drop int) {
+func (w *testEnv) dropMany(r *testReplica, col catalog.Collection, n, drop int) {
 	w.t.Helper()
 	var ids []int64
 	var list []segment.Segment
@@ -61,8 +61,8 @@ func (w *testEnv) dropMany(r *replica, col catalog.Collection, n, drop int) {
 func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		hook := &scanHook{}
-		r := w.start("a", func(o *Options) {
-			o.CollectorOff = true
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.Collector.Off = true
 			hook.KV = o.KV
 			o.KV = hook
 			o.Catalog = catalog.New(catalog.Options{
@@ -87,7 +87,7 @@ func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
 				hook.after = nil
 				asks := w.dropSegments(r, col, list[3].ID)
 				w.granted(w.reclaim(r, col, gc.ByCaller, asks...))
-				if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{list[3].ID}); err != nil {
+				if _, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{list[3].ID}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -106,7 +106,7 @@ func TestFinishPartitionDuringConcurrentDrop(t *testing.T) {
 // partition that was also dropped, and that the partition's remains do not hold it.
 func TestFinishIndexOfADroppedPartition(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, p, x := w.collection(r, "c")
 		var list []segment.Segment
 		for i := range 10 {
@@ -150,8 +150,8 @@ func TestFinishIndexOfADroppedPartition(t *testing.T) {
 // tolerance by the object store's clock.
 func TestCollectorWithFastClock(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		w.start("engine-side", func(o *Options) { o.CollectorOff = true }).stop()
-		r := w.start("a", func(o *Options) { now := o.Now; o.Now = func() time.Time { return now().Add(4 * time.Hour) } })
+		w.start("engine-side", func(o *testOptions) { o.Parts.Collector.Off = true }).stop()
+		r := w.start("a", func(o *testOptions) { now := o.Now; o.Now = func() time.Time { return now().Add(4 * time.Hour) } })
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 9)
 		w.addWritten(r, col, s)
@@ -161,7 +161,7 @@ func TestCollectorWithFastClock(t *testing.T) {
 		if n := w.objectsUnder("data/"); len(n) == 0 {
 			t.Error("the files of a segment that was dropped two minutes ago are gone")
 		}
-		if last := r.Collector().LastCycle(); last == nil || last.Error != "" {
+		if last := r.Collector.LastCycle(); last == nil || last.Error != "" {
 			t.Errorf("the round says %+v", last)
 		}
 		time.Sleep(3 * time.Hour)
@@ -175,14 +175,14 @@ func TestCollectorWithFastClock(t *testing.T) {
 // TestCollectorAndUnreadableRecords checks that an unreadable record blocks only its
 // own subject and is reported.
 func TestCollectorAndUnreadableRecords(t *testing.T) {
-	for name, damage := range map[string]func(w *testEnv, r *replica, bad catalog.Collection, p catalog.Partition){
-		"partition": func(w *testEnv, _ *replica, bad catalog.Collection, p catalog.Partition) {
+	for name, damage := range map[string]func(w *testEnv, r *testReplica, bad catalog.Collection, p catalog.Partition){
+		"partition": func(w *testEnv, _ *testReplica, bad catalog.Collection, p catalog.Partition) {
 			w.put(keys.Partition(bad.ID, p.ID), []byte{0xff})
 		},
-		"collection": func(w *testEnv, _ *replica, bad catalog.Collection, _ catalog.Partition) {
+		"collection": func(w *testEnv, _ *testReplica, bad catalog.Collection, _ catalog.Partition) {
 			w.put(keys.Collection(bad.ID), []byte{0xff})
 		},
-		"tombstone": func(w *testEnv, r *replica, bad catalog.Collection, _ catalog.Partition) {
+		"tombstone": func(w *testEnv, r *testReplica, bad catalog.Collection, _ catalog.Partition) {
 			w.put(keys.Tombstone(bad.ID, w.newID(r)), record.Encode(&storagev1.Tombstone{
 				Format: record.Format, Deleter: 1, Unit: &storagev1.Unit{Format: record.Format, Kind: 1},
 			}))
@@ -190,7 +190,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 				bad, p, _ := w.collection(r, "bad")
 				good, _, _ := w.collection(r, "good")
 				one, two, three := w.segment(r, bad, 0, 1, 9), w.segment(r, good, 0, 1, 9), w.segment(r, good, 0, 11, 19)
@@ -217,7 +217,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 				if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
 					t.Errorf("files:\n%s", diff)
 				}
-				if l := r.Collector().LastCycle(); l.Error == "" {
+				if l := r.Collector.LastCycle(); l.Error == "" {
 					t.Error("the rounds say nothing of it")
 				}
 			})
@@ -229,7 +229,7 @@ func TestCollectorAndUnreadableRecords(t *testing.T) {
 // etcd does not grow.
 func TestCollectorSpillsWhereItStops(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		held := w.segment(r, col, 0, 1, 20)
 		held.EngineData = bytes.Repeat([]byte{1}, 1000)
@@ -240,7 +240,7 @@ func TestCollectorSpillsWhereItStops(t *testing.T) {
 		w.dropMany(r, col, 140, 120)
 		time.Sleep(3 * time.Hour)
 		settle()
-		l := r.Collector().LastCycle()
+		l := r.Collector.LastCycle()
 		if l.Spilled != 1 {
 			t.Errorf("stops %v, held %d, parked %d", l.Stops, l.Held, l.Spilled)
 		}
@@ -273,7 +273,7 @@ func (l *locked) Delete(ctx context.Context, list ...string) error {
 func TestSweepAndLockedObject(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var l *locked
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			l = &locked{Store: o.Stores["default"]}
 			o.Stores["default"] = l
 		})
@@ -292,7 +292,7 @@ func TestSweepAndLockedObject(t *testing.T) {
 			append(w.objectsUnder("snapshots/"), w.objectsUnder("gc/held/")...)); diff != "" {
 			t.Errorf("objects:\n%s", diff)
 		}
-		if text := r.Collector().SweepStats().Error; !strings.Contains(text, list[700]) {
+		if text := r.Collector.SweepStats().Error; !strings.Contains(text, list[700]) {
 			t.Errorf("the sweep says %q", text)
 		}
 	})

@@ -23,7 +23,7 @@ import (
 )
 
 // round makes a round and waits for its deletes.
-func (w *testEnv) round(r *replica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
+func (w *testEnv) round(r *testReplica, o collect.CycleOptions) ([]collect.Item, collect.Summary) {
 	w.t.Helper()
 	var items []collect.Item
 	o.Report = func(i collect.Item) error { items = append(items, i); return nil }
@@ -45,7 +45,7 @@ func actionsOf(items []collect.Item) []string {
 	return list
 }
 
-func (w *testEnv) drops(r *replica, col catalog.Collection) {
+func (w *testEnv) drops(r *testReplica, col catalog.Collection) {
 	w.t.Helper()
 	if _, err := r.catalog.DropCollection(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
 		w.t.Fatal(err)
@@ -68,7 +68,7 @@ func (w *testEnv) leftOf(col catalog.Collection) []string {
 // and not before, and held units after the drop of their snapshot.
 func TestCollectorWaits(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		free, held, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
 		w.addWritten(r, col, held, lives)
@@ -106,7 +106,7 @@ func TestCollectorWaits(t *testing.T) {
 // collection are deleted, and that a snapshot of it can be restored before.
 func TestCollectorAndDroppedCollection(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col := w.richCollection(r, "c", 6)
 		s := w.create(r, col, "one")
 		files := w.objectsUnder("data/")
@@ -153,7 +153,7 @@ func TestCollectorAndDroppedCollection(t *testing.T) {
 // segments and a dropped index its builds.
 func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, p, x := w.collection(r, "c")
 		ref := catalog.Ref{ID: col.ID}
 		var in, out []segment.Segment
@@ -225,7 +225,7 @@ func TestCollectorFinishesPartitionsAndIndexes(t *testing.T) {
 // large a share of a collection in use, unless forced.
 func TestCollectorStops(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		other, _, _ := w.collection(r, "d")
 		var ids []int64
@@ -266,7 +266,7 @@ func TestCollectorStops(t *testing.T) {
 				t.Errorf("a dry run reports %+v", i)
 			}
 		}
-		if last := r.Collector().LastCycle(); last == nil || last.StopCount != 1 {
+		if last := r.Collector.LastCycle(); last == nil || last.StopCount != 1 {
 			t.Errorf("the leader's last round: %+v", last)
 		}
 		if _, sum = w.round(r, collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); sum.Granted != 101 {
@@ -282,7 +282,7 @@ func TestCollectorStops(t *testing.T) {
 // and object, changes nothing, and matches the round that follows.
 func TestCollectorDryRun(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		held, free, fresh := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
 		w.addWritten(r, col, held, fresh)
@@ -331,7 +331,7 @@ func TestCollectorDryRun(t *testing.T) {
 // TestCollectSweeps checks that a round sweeps on request.
 func TestCollectSweeps(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		dead := manifest.MetadataKey(col.ID, w.newID(r))
 		w.write(dead)
@@ -355,11 +355,11 @@ func TestCollectSweeps(t *testing.T) {
 // TestCollectorSurvivesEachFailedCall fails each call of a round, before and after its
 // effect: held units stay, and eventually all free units are deleted.
 func TestCollectorSurvivesEachFailedCall(t *testing.T) {
-	scene := func(t *testing.T, fail func(r *replica, n int) func() bool) {
+	scene := func(t *testing.T, fail func(r *testReplica, n int) func() bool) {
 		for n := 0; ; n++ {
 			fired := false
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 				col, p, x := w.collection(r, "c")
 				gone, _, _ := w.collection(r, "gone")
 				held, free, part := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40), w.segment(r, col, 0, 41, 60)
@@ -421,7 +421,7 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 	methods := []meta.Method{meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn}
 	for name, fault := range map[string]meta.Fault{"before": meta.Before, "after": meta.After} {
 		t.Run("metadata store "+name, func(t *testing.T) {
-			scene(t, func(r *replica, n int) func() bool {
+			scene(t, func(r *testReplica, n int) func() bool {
 				r.kv.FailNth(n, fault, methods...)
 				return func() bool { return r.kv.Fired() > 0 }
 			})
@@ -429,7 +429,7 @@ func TestCollectorSurvivesEachFailedCall(t *testing.T) {
 	}
 	for name, fault := range map[string]object.Fault{"before": object.FaultBefore, "after": object.FaultAfter} {
 		t.Run("object store "+name, func(t *testing.T) {
-			scene(t, func(r *replica, n int) func() bool {
+			scene(t, func(r *testReplica, n int) func() bool {
 				r.store.FailNth("", n, fault)
 				return func() bool { return r.store.Fired() > 0 }
 			})
@@ -443,7 +443,7 @@ func second[T any](_ T, err error) error { return err }
 // writes.
 func TestCollectorIdles(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
 		w.addWritten(r, col, s, w.segment(r, col, 0, 21, 40))
@@ -472,7 +472,7 @@ func TestCollectorIdles(t *testing.T) {
 // collection, and nothing in others.
 func TestCollectorIsBlocked(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		bad, _, _ := w.collection(r, "bad")
 		good, _, _ := w.collection(r, "good")
 		one, two := w.segment(r, bad, 0, 1, 20), w.segment(r, good, 0, 1, 20)

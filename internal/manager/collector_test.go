@@ -24,7 +24,7 @@ import (
 func TestAwaitDeleted(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		other, _, _ := w.collection(r, "other")
 		col, _, _ := w.collection(r, "c")
 		of := catalog.Ref{ID: col.ID}
@@ -39,28 +39,28 @@ func TestAwaitDeleted(t *testing.T) {
 		foreigns := w.dropSegments(r, other, foreign.ID)
 		w.reclaim(r, col, gc.ByCaller, free[0])
 		w.reclaim(r, col, gc.BySnapshotd, free[1])
-		if err := r.AwaitDeleted(ctx, of, w.now()); err != nil {
+		if err := r.GC.AwaitDeleted(ctx, of, w.now()); err != nil {
 			t.Errorf("what can be deleted: %v", err)
 		}
-		if n := r.GC().Stats().Granted; n != 0 {
+		if n := r.GC.Stats().Granted; n != 0 {
 			t.Errorf("%d left", n)
 		}
 
 		r.store.Freeze()
 		w.reclaim(r, other, gc.BySnapshotd, foreigns...)
-		if err := r.AwaitDeleted(ctx, of, w.now()); err != nil {
+		if err := r.GC.AwaitDeleted(ctx, of, w.now()); err != nil {
 			t.Errorf("of another collection: %v", err)
 		}
-		if err := r.AwaitDeleted(ctx, catalog.Ref{}, w.now().Add(-time.Second)); err != nil {
+		if err := r.GC.AwaitDeleted(ctx, catalog.Ref{}, w.now().Add(-time.Second)); err != nil {
 			t.Errorf("granted later: %v", err)
 		}
 		short, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
-		if err := r.AwaitDeleted(short, catalog.Ref{}, w.now()); !errors.Is(err, context.DeadlineExceeded) {
+		if err := r.GC.AwaitDeleted(short, catalog.Ref{}, w.now()); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("what cannot be deleted: got %v", err)
 		}
 		done := make(chan error, 1)
-		go func() { done <- r.AwaitDeleted(ctx, catalog.Ref{}, w.now()) }()
+		go func() { done <- r.GC.AwaitDeleted(ctx, catalog.Ref{}, w.now()) }()
 		time.Sleep(time.Hour)
 		select {
 		case err := <-done:
@@ -71,10 +71,10 @@ func TestAwaitDeleted(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if n := r.GC().Stats().Granted; n != 0 {
+		if n := r.GC.Stats().Granted; n != 0 {
 			t.Errorf("%d left", n)
 		}
-		if err := r.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB},
+		if err := r.GC.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB},
 			w.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("got %v", err)
 		}
@@ -85,7 +85,7 @@ func TestAwaitDeleted(t *testing.T) {
 // ones.
 func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		var all []gc.Ask
 		for range 110 {
@@ -101,14 +101,14 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 		w.reclaim(r, col, gc.BySnapshotd, all[:last]...)
 		short, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if err := r.AwaitDeleted(short, catalog.Ref{}, granted); !errors.Is(err, context.DeadlineExceeded) {
+		if err := r.GC.AwaitDeleted(short, catalog.Ref{}, granted); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
 		}
-		if err := r.AwaitDeleted(t.Context(), catalog.Ref{}, granted.Add(-time.Minute)); err != nil {
+		if err := r.GC.AwaitDeleted(t.Context(), catalog.Ref{}, granted.Add(-time.Minute)); err != nil {
 			t.Errorf("all came later: %v", err)
 		}
 		r.store.Thaw()
-		if err := r.AwaitDeleted(t.Context(), catalog.Ref{}, w.now()); err != nil {
+		if err := r.GC.AwaitDeleted(t.Context(), catalog.Ref{}, w.now()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -117,11 +117,13 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 // TestCollectorStatus checks that every replica reports the last round completely.
 func TestCollectorStatus(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Hour, 0.25 })
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.Collector.Tolerance, o.Parts.Collector.MaxShare = time.Hour, 0.25
+		})
 		settle() // so that it leads
-		other := w.start("b", func(o *Options) { o.CollectorOff = true })
-		got, err := r.CollectorStatus(t.Context())
-		want := CollectorStatus{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: collect.StopUnits, Enabled: true}
+		other := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+		got, err := r.Collector.Status(t.Context())
+		want := collect.Status{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: collect.StopUnits, Enabled: true}
 		if diff := cmp.Diff(want, got); diff != "" || err != nil {
 			t.Errorf("before the first round: %v\n%s", err, diff)
 		}
@@ -134,12 +136,12 @@ func TestCollectorStatus(t *testing.T) {
 		w.dropSegments(r, col, s.ID)
 		time.Sleep(2 * time.Minute)
 		settle()
-		got, err = other.CollectorStatus(t.Context())
+		got, err = other.Collector.Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		last := r.Collector().LastCycle()
-		want = CollectorStatus{
+		last := r.Collector.LastCycle()
+		want = collect.Status{
 			LastRound: last, Unconfirmed: 1, Tolerance: 3 * time.Hour,
 			MaxShare: 0.5, StopUnits: collect.StopUnits,
 		}
@@ -152,7 +154,7 @@ func TestCollectorStatus(t *testing.T) {
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Cycle, []byte("nonsense"))}}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := other.CollectorStatus(t.Context()); err == nil {
+		if _, err := other.Collector.Status(t.Context()); err == nil {
 			t.Error("an unreadable record is read")
 		}
 	})
@@ -164,9 +166,9 @@ func TestCollectorStatus(t *testing.T) {
 func TestCollectorStatusReportsHalts(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		core, logs := observer.New(zapcore.InfoLevel)
-		r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
 		settle() // so that it leads
-		other := w.start("b", func(o *Options) { o.CollectorOff = true })
+		other := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -179,8 +181,8 @@ func TestCollectorStatusReportsHalts(t *testing.T) {
 		w.dropSnapshot(r, s)
 		time.Sleep(10 * time.Minute)
 		settle()
-		for name, asked := range map[string]*replica{"the leader": r, "another": other} {
-			got, err := asked.CollectorStatus(t.Context())
+		for name, asked := range map[string]*testReplica{"the leader": r, "another": other} {
+			got, err := asked.Collector.Status(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -199,8 +201,8 @@ func TestCollectorStatusReportsHalts(t *testing.T) {
 		r.store.Plan(nil)
 		time.Sleep(2 * time.Minute)
 		settle()
-		for name, asked := range map[string]*replica{"the leader": r, "another": other} {
-			if got, err := asked.CollectorStatus(t.Context()); err != nil || len(got.Halts) > 0 {
+		for name, asked := range map[string]*testReplica{"the leader": r, "another": other} {
+			if got, err := asked.Collector.Status(t.Context()); err != nil || len(got.Halts) > 0 {
 				t.Errorf("afterwards %s says %+v, %v", name, got.Halts, err)
 			}
 		}

@@ -136,7 +136,7 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 
 func TestCreate64OfOneName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		replicas := []*replica{w.start("a"), w.start("b"), w.start("c")}
+		replicas := []*testReplica{w.start("a"), w.start("b"), w.start("c")}
 		col, _, _ := w.collection(replicas[0], "c")
 		w.add(replicas[0], col, w.segment(replicas[0], col, 0, 1, 2))
 		w.checkpoint(replicas[0], col, 10, 10)
@@ -168,7 +168,7 @@ func TestCreate64OfOneName(t *testing.T) {
 
 func TestCreateOfOneNameInTwoCollections(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		scoped := func(o *Options) { o.Cluster.NameScope = 2 }
+		scoped := func(o *testOptions) { o.Cluster.NameScope = 2 }
 		r := w.start("a", scoped)
 		one, _, _ := w.collection(r, "one")
 		two, _, _ := w.collection(r, "two")
@@ -360,7 +360,7 @@ func TestCreateTokens(t *testing.T) {
 		// While the first call writes, the second joins it on another replica.
 		a.store.Freeze()
 		first := make(chan *snapshot.Record, 2)
-		for _, r := range []*replica{a, b} {
+		for _, r := range []*testReplica{a, b} {
 			go func() {
 				s, err := r.Create(t.Context(), tok, spec(col, "one"))
 				if err != nil {
@@ -508,7 +508,7 @@ func TestSlowCreateIsNotAbandoned(t *testing.T) {
 
 func TestCreateEndsAtItsTimeout(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CreateTimeout = 5 * time.Minute })
+		r := w.start("a", func(o *testOptions) { o.CreateTimeout = 5 * time.Minute })
 		col, _, _ := w.collection(r, "c")
 		r.store.Freeze()
 		begin := time.Now()
@@ -872,7 +872,7 @@ func TestForeignObjectIsNotOverwritten(t *testing.T) {
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, object.ErrExists)
 		w.create(r, col, "y")
-		if behind, err := r.RolledBack(t.Context()); err != nil || behind != "" {
+		if behind, err := r.Collector.RolledBack(t.Context()); err != nil || behind != "" {
 			t.Errorf("behind: %q, %v", behind, err)
 		}
 	})
@@ -947,7 +947,7 @@ func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if behind, err := r.RolledBack(t.Context()); err != nil || behind != "" {
+				if behind, err := r.Collector.RolledBack(t.Context()); err != nil || behind != "" {
 					t.Errorf("behind: %q, %v", behind, err)
 				}
 				w.create(r, col, "y")
@@ -993,7 +993,7 @@ func TestStoreLostDuringCreate(t *testing.T) {
 
 func TestCreateWaitsForItsTurn(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.MaxCreates = 2 })
+		r := w.start("a", func(o *testOptions) { o.MaxCreates = 2 })
 		col, _, _ := w.collection(r, "c")
 		r.store.SetLatency(time.Second)
 		done := make(chan error, 6)
@@ -1024,7 +1024,7 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 func TestCreatesShareOneMemoryBudget(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		const weight = 16 << 10
-		r := w.start("a", func(o *Options) { o.CreateMemory = 45 * 2 * weight })
+		r := w.start("a", func(o *testOptions) { o.CreateMemory = 45 * 2 * weight })
 		col, _, _ := w.collection(r, "c")
 		for range 40 {
 			s := w.segment(r, col, 0, 1, 2)

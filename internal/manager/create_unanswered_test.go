@@ -72,7 +72,7 @@ func isBegin(t meta.Txn) bool  { return puts(t, pendingKeys) }
 func isCommit(t meta.Txn) bool { return puts(t, generation) }
 
 // inLateEnv is inEnv with a collection, and delays the transactions of replica "a".
-func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection)) {
+func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection)) {
 	t.Helper()
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		late := &lateKV{KV: w.memory}
@@ -109,7 +109,7 @@ func TestCreateSurvivesMetadataStoreOutage(t *testing.T) {
 // awayFrom stops the store from the nth call after the create's begin.
 func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired bool) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, other := w.start("a", func(o *Options) { o.CollectorOff = true }), w.start("b")
+		r, other := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }), w.start("b")
 		col, _, _ := w.collection(other, "c")
 		w.add(other, col, w.segment(other, col, 0, 1, 2))
 		w.checkpoint(other, col, 10, 10)
@@ -160,7 +160,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 // TestLateCommit applies delayed commits after they were repeated: exactly one takes
 // effect.
 func TestLateCommit(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 		n := 0
 		late.lose = func(txn meta.Txn) bool {
 			if isCommit(txn) {
@@ -191,7 +191,7 @@ func TestLateCommit(t *testing.T) {
 // TestLateCommitIsFound applies the first commit while repeats are sent: they fail, and
 // the create succeeds.
 func TestLateCommitIsFound(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		done := make(chan *snapshot.Record, 1)
 		tok := token("t", "r")
@@ -224,7 +224,7 @@ func TestLateCommitIsFound(t *testing.T) {
 // TestCommitWithoutAnswerEndsAtTheTimeout delays every commit: the create fails at its
 // timeout, and no commit that arrives later is applied.
 func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		tok := token("t", "r")
 		begin := time.Now()
@@ -254,7 +254,7 @@ func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 // and the repeat a final one.
 func TestUndecidedCommit(t *testing.T) {
 	for _, arrives := range []bool{false, true} {
-		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+		inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 			b := w.start("b")
 			late.lose = func(txn meta.Txn) bool { return isCommit(txn) || puts(txn, recs) && !isBegin(txn) }
 			tok := token("t", "r")
@@ -302,7 +302,7 @@ func TestUndecidedCommit(t *testing.T) {
 // effect, also if the snapshot was dropped since.
 func TestLateBegin(t *testing.T) {
 	for _, tok := range []request.Token{{}, token("t", "r")} {
-		inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+		inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 			n := 0
 			late.lose = func(txn meta.Txn) bool {
 				if isBegin(txn) {
@@ -335,7 +335,7 @@ func TestLateBegin(t *testing.T) {
 // TestBeginWithoutAnswerEndsWithItsLease delays every begin: the caller gets an unknown
 // outcome, and no begin that arrives later is applied.
 func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *replica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isBegin
 		tok := token("t", "r")
 		begin := time.Now()
@@ -365,8 +365,9 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 	for _, noWait := range []bool{false, true} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			// A write that the frozen creator had begun may take effect after the removal; the sweep deletes its object.
-			long := func(o *Options) {
-				o.LeaderTTL, o.OrphanGrace, o.SweepInterval = 24*time.Hour, time.Hour, 30*time.Minute
+			long := func(o *testOptions) {
+				o.Parts.LeaderTTL, o.Parts.Collector.OrphanGrace = 24*time.Hour, time.Hour
+				o.Parts.Collector.SweepInterval = 30 * time.Minute
 			}
 			a := w.start("a", long)
 			settle()
@@ -397,7 +398,7 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 			if took := time.Since(begin); took > b.o.LeaseTTL+time.Second {
 				t.Errorf("the repeat took %v, with a lease of %v", took, b.o.LeaseTTL)
 			}
-			if b.Stats().Leading {
+			if b.Leading() {
 				t.Error("b leads")
 			}
 			s, err := b.Create(t.Context(), token("t2", "r"), spec(col, "x"))

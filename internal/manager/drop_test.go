@@ -15,6 +15,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/manifest"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
@@ -248,20 +249,20 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 // created and dropped.
 func TestThreeReplicas(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		replicas := map[string]*replica{}
+		replicas := map[string]*testReplica{}
 		for _, name := range []string{"a", "b", "c"} {
 			replicas[name] = w.start(name)
 		}
-		leader := func() *replica {
+		leader := func() *testReplica {
 			t.Helper()
 			settle()
 			var leading []string
 			for name, r := range replicas {
-				if r.Stats().Leading {
+				if r.Leading() {
 					leading = append(leading, name)
 				}
 			}
-			name, err := w.anyOf(replicas).Leader(t.Context())
+			name, err := election.Leader(t.Context(), w.kv, keys.Leader)
 			if err != nil || len(leading) != 1 || leading[0] != name {
 				t.Fatalf("leading are %v, the key says %q, err = %v", leading, name, err)
 			}
@@ -321,14 +322,6 @@ func TestThreeReplicas(t *testing.T) {
 		settle()
 		w.check(third)
 	})
-}
-
-func (w *testEnv) anyOf(replicas map[string]*replica) *replica {
-	for _, r := range replicas {
-		return r
-	}
-	w.t.Fatal("no replica")
-	return nil
 }
 
 // written returns the existing keys that were written after a revision.
@@ -400,7 +393,7 @@ func TestExpiryWithDisagreeingClocks(t *testing.T) {
 		expires bool
 	}{{-time.Minute, false}, {-10 * time.Minute, true}, {10 * time.Minute, true}, {time.Minute, false}} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *Options) {
+			r := w.start("a", func(o *testOptions) {
 				o.Stores = map[string]object.Store{"default": skewed{o.Stores["default"], tc.by}}
 			})
 			col, _, _ := w.collection(r, "c")
@@ -464,12 +457,12 @@ func TestUpdate(t *testing.T) {
 // TestNameIsResolvedOnce moves the name of a snapshot to another one during a drop or
 // an update.
 func TestNameIsResolvedOnce(t *testing.T) {
-	for name, call := range map[string]func(r *replica, ctx context.Context) error{
-		"drop": func(r *replica, ctx context.Context) error {
+	for name, call := range map[string]func(r *testReplica, ctx context.Context) error{
+		"drop": func(r *testReplica, ctx context.Context) error {
 			_, err := r.Drop(ctx, request.Token{}, Ref{Name: "x"}, 0)
 			return err
 		},
-		"update": func(r *replica, ctx context.Context) error {
+		"update": func(r *testReplica, ctx context.Context) error {
 			text := "meant for the first"
 			_, err := r.Update(ctx, request.Token{}, Ref{Name: "x"}, UpdateSpec{Description: &text})
 			return err

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap/zaptest"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
@@ -38,8 +39,16 @@ type testEnv struct {
 	foreign func(key string) bool // objects that are not snapshotd's; nil: none are
 }
 
-type replica struct {
+// testOptions are those of a Manager and of the parts that it runs with. The latter get
+// what is shared from the former.
+type testOptions struct {
+	Options
+	Parts replica.Options
+}
+
+type testReplica struct {
 	*Manager
+	*replica.Replica
 	kv    *meta.Faulty
 	store *object.Faulty
 	stop  func()
@@ -57,9 +66,9 @@ func inEnv(t *testing.T, fn func(t *testing.T, w *testEnv)) {
 	})
 }
 
-func (w *testEnv) start(name string, change ...func(*Options)) *replica {
+func (w *testEnv) start(name string, change ...func(*testOptions)) *testReplica {
 	w.t.Helper()
-	r := &replica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
+	r := &testReplica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
 	cl, err := cluster.Open(w.t.Context(), w.kv,
 		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: w.now, Rand: rand.Reader})
 	if err != nil {
@@ -67,10 +76,10 @@ func (w *testEnv) start(name string, change ...func(*Options)) *replica {
 	}
 	var trusted *clock.Trusted
 	requests := request.NewLeases(r.kv, w.now, func(ctx context.Context) (time.Time, error) { return trusted.Stamp(ctx) })
-	o := Options{
-		KV: r.kv, Cluster: cl, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
-		Requests: requests, Replica: name, Release: "test", Now: w.now, Rand: rand.Reader,
-		Log: zaptest.NewLogger(w.t).Named(name),
+	o := testOptions{Options: Options{Cluster: cl, Release: "test"}}
+	o.Shared = replica.Shared{
+		KV: r.kv, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
+		Requests: requests, Replica: name, Now: w.now, Rand: rand.Reader, Log: zaptest.NewLogger(w.t).Named(name),
 	}
 	for _, c := range change {
 		c(&o)
@@ -89,14 +98,10 @@ func (w *testEnv) start(name string, change ...func(*Options)) *replica {
 			Spill: catalog.WriteSpilled(o.Stores, "default"),
 		})
 	}
-	m, err := New(o)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	r.Manager = m
+	r.Replica, r.Manager = w.make(o)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- m.Run(ctx) }()
+	go func() { done <- r.Replica.Run(ctx, r.Manager) }()
 	stopped := false
 	r.stop = func() {
 		if stopped {
@@ -111,12 +116,24 @@ func (w *testEnv) start(name string, change ...func(*Options)) *replica {
 		}
 	}
 	w.t.Cleanup(r.stop)
-	<-m.running
+	<-r.running
 	return r
 }
 
+// make makes a replica that is not run.
+func (w *testEnv) make(o testOptions) (*replica.Replica, *Manager) {
+	w.t.Helper()
+	o.Parts.Shared, o.Parts.Interval = o.Shared, o.CleanInterval
+	r, err := replica.New(o.Parts)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	o.Shared, o.Snapshots, o.GC, o.Collector, o.Jobs = r.Shared, r.Snapshots, r.GC, r.Collector, r.Jobs
+	return r, New(o.Options)
+}
+
 // collection makes a collection with two channels, a partition and an index.
-func (w *testEnv) collection(r *replica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
+func (w *testEnv) collection(r *testReplica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, err := r.catalog.CreateCollection(ctx, request.Token{}, catalog.Collection{
@@ -143,7 +160,7 @@ func (w *testEnv) collection(r *replica, name string) (catalog.Collection, catal
 	return col, p, x
 }
 
-func (w *testEnv) newID(r *replica) int64 {
+func (w *testEnv) newID(r *testReplica) int64 {
 	w.t.Helper()
 	id, err := r.catalog.NextID(w.t.Context())
 	if err != nil {
@@ -153,7 +170,9 @@ func (w *testEnv) newID(r *replica) int64 {
 }
 
 // segment returns a flushed segment with one file of rows [from, to] on a channel.
-func (w *testEnv) segment(r *replica, col catalog.Collection, channel int, from, to segment.Timestamp) segment.Segment {
+func (w *testEnv) segment(
+	r *testReplica, col catalog.Collection, channel int, from, to segment.Timestamp,
+) segment.Segment {
 	s := segment.Segment{
 		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
 		Start: segment.Position{Timestamp: from}, DML: segment.Position{Timestamp: to + 1},
@@ -167,14 +186,14 @@ func (w *testEnv) segment(r *replica, col catalog.Collection, channel int, from,
 	return s
 }
 
-func (w *testEnv) add(r *replica, col catalog.Collection, segments ...segment.Segment) {
+func (w *testEnv) add(r *testReplica, col catalog.Collection, segments ...segment.Segment) {
 	w.t.Helper()
 	if _, _, err := r.catalog.AddSegments(w.t.Context(), col.ID, segments); err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-func (w *testEnv) checkpoint(r *replica, col catalog.Collection, at ...segment.Timestamp) {
+func (w *testEnv) checkpoint(r *testReplica, col catalog.Collection, at ...segment.Timestamp) {
 	w.t.Helper()
 	var list []catalog.Checkpoint
 	for shard, ts := range at {
@@ -197,7 +216,7 @@ func spec(col catalog.Collection, name string) CreateSpec {
 	return CreateSpec{Collection: catalog.Ref{ID: col.ID}, Name: name}
 }
 
-func (w *testEnv) create(r *replica, col catalog.Collection, name string) *snapshot.Record {
+func (w *testEnv) create(r *testReplica, col catalog.Collection, name string) *snapshot.Record {
 	w.t.Helper()
 	s, err := r.Create(w.t.Context(), request.Token{}, spec(col, name))
 	if err != nil {
@@ -207,7 +226,7 @@ func (w *testEnv) create(r *replica, col catalog.Collection, name string) *snaps
 }
 
 // segments reads all segments of a snapshot.
-func (w *testEnv) segments(r *replica, s *snapshot.Record) []segment.Segment {
+func (w *testEnv) segments(r *testReplica, s *snapshot.Record) []segment.Segment {
 	w.t.Helper()
 	var list []segment.Segment
 	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *snapshot.Segment) bool {
@@ -256,7 +275,7 @@ func settle() { virtual.Wait() }
 
 // check checks the stores at rest: every record is COMMITTED with all its objects and
 // their digests, and there are no others.
-func (w *testEnv) check(r *replica) []*snapshot.Record {
+func (w *testEnv) check(r *testReplica) []*snapshot.Record {
 	w.t.Helper()
 	ctx := w.t.Context()
 	all := Filter{States: []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting}}

@@ -53,7 +53,7 @@ func (w *testEnv) await(what string, done func() bool) {
 
 func TestEtcdLifecycle(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
 	col, _, _ := w.collection(r, "c")
 	for i := range 3 {
 		w.add(r, col, w.segment(r, col, i%2, 1, 20))
@@ -91,7 +91,7 @@ func TestEtcdLifecycle(t *testing.T) {
 // TestEtcdFrozenCreator lets the lease of a creator expire in real time.
 func TestEtcdFrozenCreator(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	quick := func(o *Options) { o.LeaseTTL, o.LeaderTTL = 2*time.Second, 2*time.Second }
+	quick := func(o *testOptions) { o.LeaseTTL, o.Parts.LeaderTTL = 2*time.Second, 2*time.Second }
 	a, b := w.start("a", quick), w.start("b", quick)
 	col, _, _ := w.collection(a, "c")
 	a.store.Freeze()
@@ -113,8 +113,8 @@ func TestEtcdFrozenCreator(t *testing.T) {
 func TestEtcdLostAndBack(t *testing.T) {
 	server := etcdtest.Start(t)
 	w := inReality(t, server.KV(t))
-	r := w.start("a", func(o *Options) {
-		o.LeaseTTL, o.LeaderTTL, o.CreateTimeout = 6*time.Second, 2*time.Second, 10*time.Second
+	r := w.start("a", func(o *testOptions) {
+		o.LeaseTTL, o.Parts.LeaderTTL, o.CreateTimeout = 6*time.Second, 2*time.Second, 10*time.Second
 	})
 	col, _, _ := w.collection(r, "c")
 	w.create(r, col, "before")
@@ -151,7 +151,7 @@ func TestEtcdLostAndBack(t *testing.T) {
 // TestEtcdManySegments captures more segments than one manifest holds.
 func TestEtcdManySegments(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
 	col, _, _ := w.collection(r, "c")
 	const n = 2*chunkSegments + 10
 	ids, err := r.catalog.AllocateIDs(t.Context(), request.Token{}, n)

@@ -34,7 +34,7 @@ func line(e *Event) string {
 
 // history returns what a reader of a collection gets after a revision from a watch of
 // its own.
-func (w *testEnv) history(r *replica, after, collection int64) (list []string) {
+func (w *testEnv) history(r *testReplica, after, collection int64) (list []string) {
 	w.t.Helper()
 	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
 	if err != nil {

@@ -20,7 +20,7 @@ func TestFullStoreCanBeEmptied(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		full := false
 		w.kv = reserve.New(w.kv, func() bool { return full }, keys.RolledBack, keys.Epoch, keys.Clock)
-		fast := func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Millisecond, 1 }
+		fast := func(o *testOptions) { o.Parts.Collector.Tolerance, o.Parts.Collector.MaxShare = time.Millisecond, 1 }
 		a := w.start("a", fast)
 		ctx := t.Context()
 		col, _, _ := w.collection(a, "c")
@@ -35,7 +35,7 @@ func TestFullStoreCanBeEmptied(t *testing.T) {
 		a = w.start("b", fast) // elected within the remaining space
 		time.Sleep(time.Minute)
 		settle()
-		if !a.Stats().Leading {
+		if !a.Leading() {
 			t.Error("there is no leader")
 		}
 		_, err := a.Create(ctx, request.Token{}, spec(col, "another"))

@@ -363,8 +363,10 @@ func (w *testEnv) race(seed uint64) *history {
 		defer mu.Unlock()
 		return rnd.IntN(n)
 	}
-	var rs []*replica
-	soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
+	var rs []*testReplica
+	soon := func(o *testOptions) {
+		o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = time.Hour, 30*time.Minute
+	}
 	for _, name := range []string{"a", "b", "c"} {
 		rs = append(rs, w.start(name, soon))
 	}
@@ -390,8 +392,8 @@ func (w *testEnv) race(seed uint64) *history {
 				case 3, 4:
 					_, _ = r.Restore(ctx, request.Token{}, &RestoreSpec{Snapshot: Ref{Name: name}, DB: "default", Name: target})
 				case 5:
-					if jobs, _, err := r.Jobs().List(ctx, copyjob.Filter{}, 0, 1); err == nil && len(jobs) > 0 && intN(2) == 0 {
-						_, _ = r.Jobs().Cancel(ctx, jobs[0].Job.ID)
+					if jobs, _, err := r.Jobs.List(ctx, copyjob.Filter{}, 0, 1); err == nil && len(jobs) > 0 && intN(2) == 0 {
+						_, _ = r.Jobs.Cancel(ctx, jobs[0].Job.ID)
 						continue
 					}
 					_, _ = r.catalog.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "default", Name: target}, 0)

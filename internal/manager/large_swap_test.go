@@ -17,7 +17,7 @@ import (
 
 // heavy registers n segments of many files, of which only the first of each exists, and
 // returns their ids.
-func (w *testEnv) heavy(r *replica, col catalog.Collection, n, files int) []int64 {
+func (w *testEnv) heavy(r *testReplica, col catalog.Collection, n, files int) []int64 {
 	w.t.Helper()
 	ids := make([]int64, n)
 	for i := range ids {
@@ -34,7 +34,7 @@ func (w *testEnv) heavy(r *replica, col catalog.Collection, n, files int) []int6
 	return ids
 }
 
-func (w *testEnv) compact(r *replica, col catalog.Collection, ids []int64) error {
+func (w *testEnv) compact(r *testReplica, col catalog.Collection, ids []int64) error {
 	w.t.Helper()
 	out := w.segment(r, col, 0, 1, 20)
 	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
@@ -48,7 +48,7 @@ func TestLargeCompaction(t *testing.T) {
 	for _, c := range []struct{ segments, files int }{{50, 200}, {50, 800}, {59, 3000}, {6, 4000}} {
 		t.Run(fmt.Sprintf("%d of %d files", c.segments, c.files), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 				col, _, _ := w.collection(r, "c")
 				ids := w.heavy(r, col, c.segments, c.files)
 				w.checkpoint(r, col, 100, 100)
@@ -99,7 +99,7 @@ func TestLargeCompaction(t *testing.T) {
 func TestLargeCompactionIsInterrupted(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *Options) { o.CollectorOff = true })
+			r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 			col, _, _ := w.collection(r, "c")
 			ids := w.heavy(r, col, 50, 800)
 			r.store.FailNth(object.OpPut, 3, fault)
@@ -116,10 +116,10 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			}
 			time.Sleep(48 * time.Hour)
 			settle()
-			if sum, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil || sum.Deleted != 0 {
+			if sum, err := r.Collector.Sweep(t.Context(), collect.SweepOptions{}); err != nil || sum.Deleted != 0 {
 				t.Errorf("swept %+v, err = %v, while their segments live", sum, err)
 			}
-			if e, err := r.Collector().Explain(t.Context(), "default", left[0]); err != nil ||
+			if e, err := r.Collector.Explain(t.Context(), "default", left[0]); err != nil ||
 				!strings.Contains(e.What, "record of the spilled unit") || !e.Kept {
 				t.Errorf("%+v, err = %v", e, err)
 			}
@@ -134,7 +134,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			}
 			time.Sleep(48 * time.Hour)
 			settle()
-			if _, err := r.Collector().Sweep(t.Context(), collect.SweepOptions{}); err != nil {
+			if _, err := r.Collector.Sweep(t.Context(), collect.SweepOptions{}); err != nil {
 				t.Fatal(err)
 			}
 			if left := w.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
@@ -149,7 +149,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 // compacted.
 func TestLargestSegmentIsRestored(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, x := w.collection(r, "c")
 		var list []catalog.Index
 		list = append(list, x)

@@ -16,7 +16,7 @@ func TestGrantWaitsForTheCommit(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		a := w.start("a")
 		late := &lateEvents{KV: w.kv, sent: make(chan struct{})}
-		b := w.start("b", func(o *Options) { o.KV = late })
+		b := w.start("b", func(o *testOptions) { o.KV = late })
 		col, _, _ := w.collection(a, "c")
 		s := w.segment(a, col, 0, 1, 20)
 		w.add(a, col, s)
@@ -25,15 +25,15 @@ func TestGrantWaitsForTheCommit(t *testing.T) {
 		w.create(a, col, "one")
 		asks := w.dropSegments(a, col, s.ID)
 		ref := catalog.Ref{ID: col.ID}
-		_, err := b.GC().Check(t.Context(), ref, asks)
+		_, err := b.GC.Check(t.Context(), ref, asks)
 		wantError(t, err, gc.ErrLoading)
-		_, err = b.GC().Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
+		_, err = b.GC.Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
 		wantError(t, err, gc.ErrLoading)
-		_, err = b.GC().Counts(t.Context(), col.ID)
+		_, err = b.GC.Counts(t.Context(), col.ID)
 		wantError(t, err, gc.ErrLoading)
 		close(late.sent)
 		w.collection(a, "another") // for which the replica requests progress
-		answers, err := b.GC().Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
+		answers, err := b.GC.Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,7 +16,7 @@ import (
 func TestLateRepeatAfterReclaim(t *testing.T) {
 	for _, by := range []gc.Deleter{gc.BySnapshotd, gc.ByCaller} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *Options) { o.CollectorOff = true })
+			r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 			col, _, x := w.collection(r, "c")
 			s := w.segment(r, col, 0, 1, 20)
 			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
@@ -25,7 +25,7 @@ func TestLateRepeatAfterReclaim(t *testing.T) {
 			w.checkpoint(r, col, 100, 100)
 			tombs := w.granted(w.reclaim(r, col, by, w.dropSegments(r, col, s.ID)...))
 			if by == gc.ByCaller {
-				if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID}); err != nil {
+				if _, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -64,7 +64,7 @@ func TestRegistrationRacesConfirm(t *testing.T) {
 			}
 			if txns++; txns == 2 { // the gone ids were read
 				confirmed = true
-				if _, err := b.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
+				if _, err := b.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
 					t.Error(err)
 				}
 			}

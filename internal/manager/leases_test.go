@@ -45,8 +45,10 @@ func TestLeasesRevoked(t *testing.T) {
 	aborted, made := 0, 0
 	for range 3 {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			soon := func(o *Options) { o.OrphanGrace, o.SweepInterval = time.Hour, 30*time.Minute }
-			rs := []*replica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
+			soon := func(o *testOptions) {
+				o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = time.Hour, 30*time.Minute
+			}
+			rs := []*testReplica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
 			col := w.richCollection(rs[0], "c", 40)
 			s := w.create(rs[0], col, "first")
 			for _, r := range rs {

@@ -188,7 +188,7 @@ func TestEvents(t *testing.T) {
 			what  string
 			state string
 		}
-		watch := func(r *replica, after, collection int64) (<-chan []Event, <-chan int64, context.CancelFunc) {
+		watch := func(r *testReplica, after, collection int64) (<-chan []Event, <-chan int64, context.CancelFunc) {
 			ctx, cancel := context.WithCancel(t.Context())
 			events, revisions := make(chan []Event, 100), make(chan int64, 100)
 			go func() {

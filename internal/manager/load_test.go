@@ -25,7 +25,7 @@ var callers = flag.Int("callers", 200, "calls at once in TestConcurrentCallsDoNo
 func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	n := *callers
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	rs := []*replica{w.start("a"), w.start("b")}
+	rs := []*testReplica{w.start("a"), w.start("b")}
 	col := w.richCollection(rs[0], "c", 2)
 	s := w.create(rs[0], col, "source")
 	first, err := rs[0].catalog.AllocateIDs(t.Context(), noToken, int64(n))
@@ -37,19 +37,19 @@ func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	}
 	for _, kind := range []struct {
 		name string
-		call func(ctx context.Context, r *replica, i int) error
+		call func(ctx context.Context, r *testReplica, i int) error
 	}{
-		{"AllocateIds", func(ctx context.Context, r *replica, i int) error {
+		{"AllocateIds", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.catalog.AllocateIDs(ctx, tok("AllocateIds", i), 10)
 			return err
 		}},
-		{"CreateCollection", func(ctx context.Context, r *replica, i int) error {
+		{"CreateCollection", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.catalog.CreateCollection(ctx, tok("CreateCollection", i), catalog.Collection{
 				DB: "default", Name: fmt.Sprint("made-", i), Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
 			})
 			return err
 		}},
-		{"AddSegments", func(ctx context.Context, r *replica, i int) error {
+		{"AddSegments", func(ctx context.Context, r *testReplica, i int) error {
 			seg := segment.Segment{
 				ID: first.First + int64(i), State: segment.Growing, Rows: 1,
 				Start: segment.Position{Timestamp: 1},
@@ -57,28 +57,28 @@ func TestConcurrentCallsDoNotConflict(t *testing.T) {
 			_, _, err := r.catalog.AddSegments(ctx, col.ID, []segment.Segment{seg})
 			return err
 		}},
-		{"UpdateSegments", func(ctx context.Context, r *replica, i int) error {
+		{"UpdateSegments", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.catalog.Change(ctx, tok("UpdateSegments", i), catalog.Ref{ID: col.ID}, catalog.SegmentChange{
 				Update: []catalog.Update{{Segment: first.First + int64(i), Rows: new(int64(2))}},
 			})
 			return err
 		}},
-		{"CreatePartition", func(ctx context.Context, r *replica, i int) error {
+		{"CreatePartition", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.catalog.CreatePartition(ctx, tok("CreatePartition", i), catalog.Ref{ID: col.ID},
 				catalog.Partition{Name: fmt.Sprint("p-", i)})
 			return err
 		}},
-		{"PinSnapshot", func(ctx context.Context, r *replica, i int) error {
+		{"PinSnapshot", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.Pin(ctx, tok("PinSnapshot", i), Ref{ID: s.ID}, PinSpec{Owner: "load"})
 			return err
 		}},
-		{"RestoreSnapshot", func(ctx context.Context, r *replica, i int) error {
+		{"RestoreSnapshot", func(ctx context.Context, r *testReplica, i int) error {
 			sp := restoreSpecOf(s)
 			sp.Name = fmt.Sprint("restored-", i)
 			_, err := r.Restore(ctx, tok("RestoreSnapshot", i), sp)
 			return err
 		}},
-		{"CreateSnapshot", func(ctx context.Context, r *replica, i int) error {
+		{"CreateSnapshot", func(ctx context.Context, r *testReplica, i int) error {
 			_, err := r.Create(ctx, tok("CreateSnapshot", i), spec(col, fmt.Sprint("snapshot-", i)))
 			return err
 		}},

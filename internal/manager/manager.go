@@ -127,9 +127,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -140,12 +137,10 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/collect"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
-	"github.com/snapshotd/snapshotd/internal/store/epoch"
-	"github.com/snapshotd/snapshotd/internal/store/keys"
-	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -159,65 +154,29 @@ const maxAttempts = 16
 
 // Options configure a Manager.
 type Options struct {
-	KV            meta.KV
-	Catalog       *catalog.Catalog
-	Cluster       cluster.Cluster
-	Stores        map[string]object.Store // by alias
-	SnapshotStore string                  // alias of the store for snapshots' own objects
-	// Problems records the failures of the background loops. Default: a new one.
-	Problems *lasting.Problems
+	replica.Shared
+	Snapshots *snapshot.Reader
+	GC        *gc.GC
+	Collector *collect.Collector // of Collect
+	Jobs      *copyjob.Jobs
+	Cluster   cluster.Cluster
+	Release   string // of this program
 	// Features returns the features of the store of an alias, or an error of package
 	// object while they are unknown. With again, missing and unknown features are probed
 	// again, which writes to the store. Nil: each store has all features.
-	Features func(ctx context.Context, alias string, again bool) (probe.Features, error)
-	// Ready holds for each alias a channel that is closed once the store is verified to
-	// be the cluster's. Until that of SnapshotStore is closed, CheckRollback fails and no
-	// references are read; until all are, this replica copies nothing. Nil: all are ready.
-	Ready    map[string]<-chan struct{}
-	Requests *request.Leases
-	// Epoch detects rollbacks of the metadata store. Nil: no detection.
-	Epoch   *epoch.Epoch
-	Replica string // name of this process, for display
-	Release string // of this program
-	Now     func() time.Time
-	// Clock provides the time that stamps and judges lifetimes. Nil: one over Now and the
-	// store for snapshots.
-	Clock         *clock.Trusted
-	Rand          io.Reader
-	Log           *zap.Logger
+	Features      func(ctx context.Context, alias string, again bool) (probe.Features, error)
 	CreateTimeout time.Duration // of a whole create; default 10 min
 	LeaseTTL      time.Duration // of a create that makes no progress; default 60 s
-	LeaderTTL     time.Duration // of a leader or a worker that is gone; default 10 s
 	CleanInterval time.Duration // maximum time between passes of the cleaner; default 1 min
 	MaxCreates    int           // concurrent creates; default 64
 	// CreateMemory bounds the memory of all creates for segments and manifests, in bytes,
 	// plus one manifest. A create that needs more than the bound runs alone. Default
 	// 128 MiB.
 	CreateMemory int64
-	RestoreSlots int           // concurrent restore tasks of this replica; default 8, negative: none
-	CopyInFlight int           // concurrent object copies of this replica; default 32
-	KeepRestores time.Duration // retention of ended restore jobs; default a week
-	// RestoreStallTimeout is how long a restore waits for a store that does not answer,
-	// measured from the last finished file. Default: a day.
-	RestoreStallTimeout time.Duration
-	// RestoreRefusalTimeout is how long a restore retries copies that the store refuses
-	// for a passing reason. Default: 5 minutes.
-	RestoreRefusalTimeout time.Duration
-
-	CollectorOff     bool          // disables rounds of the leader; Collect still makes one
-	CollectTolerance time.Duration // minimum age of a drop before collection; default 3 h
-	CollectInterval  time.Duration // between rounds of the leader; default 1 min
-	CollectMaxShare  float64       // of a collection at which a round stops, above 0 and at most 1; default 0.5
-	CollectRate      int           // deletes of the collector per second; default 3000, negative: unlimited
-	OrphanGrace      time.Duration // minimum age of an unknown object, by its store's clock; default 24 h
-	SweepInterval    time.Duration // between sweeps for such objects; default 1 h
-	// Jitter spreads calls to the stores: numbers in [0, 1). Default that of
-	// [meta.Backoff].
-	Jitter func() float64
 }
 
-// Manager manages snapshots. It is safe for concurrent use. Run executes creates and all
-// background work.
+// Manager manages snapshots. It is safe for concurrent use. It is a [replica.Part]: Run
+// executes creates, Lead removes what expired, was dropped or abandoned.
 type Manager struct {
 	o       Options
 	kv      meta.KV
@@ -230,7 +189,6 @@ type Manager struct {
 	view        *view
 	feed        *feed
 	checkpoints *checkpointWatch
-	elect       *election.Election
 	clean       *cleaner
 	gc          *gc.GC
 	collector   *collect.Collector
@@ -240,21 +198,16 @@ type Manager struct {
 	stopped     chan struct{} // closed when Run ends
 
 	memory  *createMemory
-	leading atomic.Bool
 	creates atomic.Int64
 }
 
-// setDefaults sets zero options to their defaults. Those of restores are in package
-// copyjob, those of the collector's intervals, rate and grace in package gc.
+// setDefaults sets zero options to their defaults.
 func (o *Options) setDefaults() {
 	if o.CreateTimeout == 0 {
 		o.CreateTimeout = 10 * time.Minute
 	}
 	if o.LeaseTTL == 0 {
 		o.LeaseTTL = time.Minute
-	}
-	if o.LeaderTTL == 0 {
-		o.LeaderTTL = 10 * time.Second
 	}
 	if o.CleanInterval == 0 {
 		o.CleanInterval = time.Minute
@@ -265,71 +218,26 @@ func (o *Options) setDefaults() {
 	if o.CreateMemory == 0 {
 		o.CreateMemory = 128 << 20
 	}
-	if o.CollectTolerance == 0 {
-		o.CollectTolerance = 3 * time.Hour
-	}
-	if o.CollectMaxShare == 0 {
-		o.CollectMaxShare = 0.5
-	}
 }
 
 // New returns a Manager. It does no work until Run.
-func New(o Options) (*Manager, error) {
+func New(o Options) *Manager {
 	o.setDefaults()
-	store, ok := o.Stores[o.SnapshotStore]
-	if !ok {
-		return nil, fmt.Errorf("no object store %q is configured for snapshots", o.SnapshotStore)
-	}
-	if o.Clock == nil {
-		o.Clock = clock.New(clock.Options{
-			KV: o.KV, Clock: clock.Of(o.Now), Store: store, Alias: o.SnapshotStore, Replica: o.Replica, Log: o.Log,
-		})
-	}
 	m := &Manager{
-		clock: o.Clock,
-		o:     o, kv: o.KV, catalog: o.Catalog, store: store, log: o.Log,
+		o: o, kv: o.KV, catalog: o.Catalog, clock: o.Clock, store: o.Stores[o.SnapshotStore], log: o.Log,
+		reader: o.Snapshots, gc: o.GC, collector: o.Collector, jobs: o.Jobs,
 		starting: make(chan *creation), running: make(chan struct{}), stopped: make(chan struct{}),
 		memory: newCreateMemory(o.CreateMemory),
 	}
-	if m.o.Problems == nil {
-		m.o.Problems = lasting.New(o.Now)
-	}
-	m.reader = snapshot.NewReader(snapshot.ReaderOptions{
-		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, Exists: func(id int64) bool { return m.view.has(id) },
-	})
 	m.clean = newCleaner(m)
-	m.gc = gc.New(gc.Options{
-		Problems: m.o.Problems,
-		KV:       o.KV, Catalog: o.Catalog, Stores: o.Stores, SnapshotStore: o.SnapshotStore,
-		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, Interval: o.CleanInterval,
-		Replica: o.Replica, Rate: o.CollectRate, Jitter: o.Jitter, Ready: o.Ready[o.SnapshotStore],
-	})
-	m.collector = collect.New(m.gc, collect.Options{
-		Off: o.CollectorOff, Interval: o.CollectInterval, Tolerance: o.CollectTolerance, MaxShare: o.CollectMaxShare,
-		OrphanGrace: o.OrphanGrace, SweepInterval: o.SweepInterval,
-	})
-	m.jobs = copyjob.New(copyjob.Options{
-		KV: o.KV, Catalog: o.Catalog, Snapshots: m.reader, Stores: o.Stores, PinStore: o.SnapshotStore,
-		Requests: o.Requests, Replica: o.Replica, Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log,
-		WorkerTTL: o.LeaderTTL, Slots: o.RestoreSlots, CopyInFlight: o.CopyInFlight, Keep: o.KeepRestores,
-		StallTimeout: o.RestoreStallTimeout, RefusalTimeout: o.RestoreRefusalTimeout,
-		Deleted:  func(objects, bytes int64) { m.gc.Counters().Add(gc.ByRestore, objects, bytes) },
-		Jitter:   o.Jitter,
-		Problems: m.o.Problems,
-		Ready:    slices.Collect(maps.Values(o.Ready)),
-	})
 	m.feed = newFeed(m.kv, m.log, o.Jitter, m.decodeEvents)
 	m.checkpoints = newCheckpointWatch(m.kv, m.log, o.Jitter)
 	m.view = newView(&m.o, m.clean.Wake)
-	m.elect = election.New(election.Options{
-		KV: o.KV, Key: keys.Leader, Name: o.Replica, TTL: o.LeaderTTL, Log: o.Log, Rand: o.Jitter,
-		Problems: m.o.Problems,
-	})
-	return m, nil
+	return m
 }
 
-// Run executes the background work and the creates of Create until ctx ends. It must be
-// called once. It returns nil when ctx ended.
+// Run executes the creates of Create, and follows snapshots and checkpoints, until ctx
+// ends, and then returns nil. It must be called once.
 func (m *Manager) Run(ctx context.Context) error {
 	close(m.running)
 	defer close(m.stopped)
@@ -337,33 +245,6 @@ func (m *Manager) Run(ctx context.Context) error {
 	group.Go(func() error { return m.view.run(ctx) })
 	group.Go(func() error { return m.feed.Run(ctx) })
 	group.Go(func() error { return m.checkpoints.Run(ctx) })
-	group.Go(func() error { return m.gc.Run(ctx) })
-	group.Go(func() error { return m.jobs.Run(ctx) })
-	group.Go(func() error { return m.clock.Follow(ctx) })
-	group.Go(func() error {
-		return m.elect.Run(ctx, func(ctx context.Context, term election.Term) error {
-			m.leading.Store(true)
-			defer m.leading.Store(false)
-			m.log.Info("leading", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
-			reporting, stop := context.WithCancel(ctx)
-			defer stop()
-			var reports errgroup.Group
-			reports.Go(func() error { return m.collector.ReportHalts(reporting, term.Fence()) })
-			err := m.lead(ctx, func(ctx context.Context) error {
-				leader, ctx := errgroup.WithContext(ctx)
-				leader.Go(func() error { return m.clock.Lead(ctx, term.Fence()) })
-				leader.Go(func() error { return m.clean.Run(ctx, term) })
-				leader.Go(func() error { return m.gc.Lead(ctx, term) })
-				leader.Go(func() error { return m.collector.Lead(ctx, term) })
-				leader.Go(func() error { return m.jobs.Lead(ctx, term) })
-				return leader.Wait()
-			})
-			stop()
-			err = errors.Join(err, reports.Wait())
-			m.log.Info("leadership ended", zap.String("replica", m.o.Replica), zap.Int64("term", term.Create))
-			return err
-		})
-	})
 	for range m.o.MaxCreates {
 		group.Go(func() error {
 			for {
@@ -379,22 +260,19 @@ func (m *Manager) Run(ctx context.Context) error {
 		})
 	}
 	err := group.Wait()
-	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		return nil
 	}
 	return err
 }
 
-// GC returns the garbage collector. It works while Run runs.
-func (m *Manager) GC() *gc.GC { return m.gc }
-
-// Collector returns the collector. It works while Run runs.
-func (m *Manager) Collector() *collect.Collector { return m.collector }
+// Lead removes snapshots that expired, were dropped or whose creator is gone, until ctx
+// ends.
+func (m *Manager) Lead(ctx context.Context, term election.Term) error { return m.clean.Run(ctx, term) }
 
 // Stats are the counts of a replica.
 type Stats struct {
 	Snapshots    map[snapshot.State]int
-	Leading      bool
 	Creates      int // in flight in this replica
 	Unreadable   int // snapshot records that this release cannot read
 	Pins         int
@@ -405,20 +283,11 @@ type Stats struct {
 // Stats returns the counts of this replica, from its cache.
 func (m *Manager) Stats() Stats {
 	s := Stats{
-		Leading: m.leading.Load(), Creates: int(m.creates.Load()),
+		Creates:   int(m.creates.Load()),
 		ClockSkew: m.clock.Skew(), ClockStopped: m.clock.Stopped() != "",
 	}
 	s.Snapshots, s.Unreadable, s.Pins = m.view.count()
 	return s
-}
-
-// Leader returns the name of the leader, empty if there is none.
-func (m *Manager) Leader(ctx context.Context) (string, error) {
-	kv, found, _, err := m.kv.Get(ctx, keys.Leader)
-	if err != nil || !found {
-		return "", err
-	}
-	return string(kv.Value), nil
 }
 
 // ProbeStore probes the features of the store of an alias; the empty alias means the

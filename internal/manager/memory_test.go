@@ -46,7 +46,7 @@ func TestLargeSegmentsShareTheMemory(t *testing.T) {
 	const segments, weight, creates, bound = 100, 16 << 10, 64, 8 << 20
 	for _, light := range []int{0, 1} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *Options) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
+			r := w.start("a", func(o *testOptions) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
 			col, _, _ := w.collection(r, "c")
 			for i := range segments {
 				s := w.segment(r, col, 0, 1, 2)
@@ -242,7 +242,7 @@ func TestDecodingIsBounded(t *testing.T) {
 // its caller's deadline, and with its lease.
 func TestMemoryWaitEndsWithTheCaller(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CreateMemory = 1 << 20 })
+		r := w.start("a", func(o *testOptions) { o.CreateMemory = 1 << 20 })
 		col, _, _ := w.collection(r, "c")
 		for i := range 4 {
 			s := w.segment(r, col, 0, 1, 2)

@@ -22,7 +22,7 @@ import (
 )
 
 // withEpoch configures rollback detection as the program does.
-func withEpoch(o *Options) {
+func withEpoch(o *testOptions) {
 	o.Epoch = epoch.New(epoch.Options{
 		KV: o.KV, Store: o.Stores[o.SnapshotStore], Cluster: o.Cluster.ID, Now: o.Now, Rand: rand.Reader,
 		Log: o.Log.Named("epoch"),
@@ -78,10 +78,10 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != snapshot.Committed {
 					t.Errorf("the leader expired what may have been renewed: %v, %v", got, err)
 				}
-				if !r.Stats().Leading {
+				if !r.Leading() {
 					t.Error("no replica leads")
 				}
-				if why, err := r.RolledBack(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
+				if why, err := r.Collector.RolledBack(ctx); err != nil || !strings.Contains(why, "snapshotctl recover") {
 					t.Errorf("behind: %q, %v", why, err)
 				}
 				if _, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1); !errors.Is(err, epoch.ErrRolledBack) {
@@ -91,10 +91,10 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 					t.Errorf("create: %v", err)
 				}
 				ref := catalog.Ref{ID: col.ID}
-				if _, err := r.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "tester"); !errors.Is(err, epoch.ErrRolledBack) {
+				if _, err := r.GC.Reclaim(ctx, ref, asks, gc.BySnapshotd, "tester"); !errors.Is(err, epoch.ErrRolledBack) {
 					t.Errorf("reclaim: %v", err)
 				}
-				if a, err := r.GC().Check(ctx, ref, asks); err != nil || a[0].State != gc.Dropped || a[0].Holders != 0 {
+				if a, err := r.GC.Check(ctx, ref, asks); err != nil || a[0].State != gc.Dropped || a[0].Holders != 0 {
 					t.Errorf("check: %v, %v", a, err)
 				}
 				settle()
@@ -108,7 +108,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				}
 				time.Sleep(2 * time.Minute)
 				settle()
-				if why, err := r.RolledBack(ctx); why != "" || err != nil {
+				if why, err := r.Collector.RolledBack(ctx); why != "" || err != nil {
 					t.Errorf("behind: %q, %v", why, err)
 				}
 				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, snapshot.ErrExpiredOrDropped) {
@@ -179,7 +179,7 @@ func TestGrantComparesRollback(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
 		hook := &grantHook{}
-		r := w.start("a", func(o *Options) { hook.KV, o.KV = o.KV, hook }, withEpoch)
+		r := w.start("a", func(o *testOptions) { hook.KV, o.KV = o.KV, hook }, withEpoch)
 		col, _, _ := w.collection(r, "c")
 		one := w.segment(r, col, 0, 10, 19)
 		w.addWritten(r, col, one)
@@ -191,7 +191,7 @@ func TestGrantComparesRollback(t *testing.T) {
 			w.plantBeat(ctx, r, 1000, 9_000_000)
 			wantError(t, r.o.Epoch.Check(ctx), epoch.ErrRolledBack)
 		}
-		_, err := r.GC().Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, gc.BySnapshotd, "tester")
+		_, err := r.GC.Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, gc.BySnapshotd, "tester")
 		if wantError(t, err, epoch.ErrRolledBack); !found {
 			t.Error("there was no grant")
 		}
@@ -202,7 +202,7 @@ func TestGrantComparesRollback(t *testing.T) {
 }
 
 // plantBeat writes a heartbeat of a metadata store that is ahead.
-func (w *testEnv) plantBeat(ctx context.Context, r *replica, beat, ceiling int64) {
+func (w *testEnv) plantBeat(ctx context.Context, r *testReplica, beat, ceiling int64) {
 	w.t.Helper()
 	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1",`+
 		`"ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,

@@ -34,7 +34,7 @@ func (w *testEnv) write(list ...string) {
 }
 
 // collectionAt makes a collection with one channel and a root.
-func (w *testEnv) collectionAt(r *replica, name, prefix string) catalog.Collection {
+func (w *testEnv) collectionAt(r *testReplica, name, prefix string) catalog.Collection {
 	w.t.Helper()
 	col, err := r.catalog.CreateCollection(w.t.Context(), request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Roots: []catalog.Root{{Store: "default", Prefix: prefix}},
@@ -51,7 +51,7 @@ func (w *testEnv) collectionAt(r *replica, name, prefix string) catalog.Collecti
 
 // nestedCollection makes a collection with a root that contains other roots, as earlier
 // releases allowed.
-func (w *testEnv) nestedCollection(r *replica, name, prefix string) catalog.Collection {
+func (w *testEnv) nestedCollection(r *testReplica, name, prefix string) catalog.Collection {
 	w.t.Helper()
 	col := w.collectionAt(r, name, "apart/")
 	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
@@ -74,7 +74,7 @@ func (w *testEnv) nestedCollection(r *replica, name, prefix string) catalog.Coll
 
 // orphans returns the reasons of a collection's orphans by key, with a mark for
 // deletable ones.
-func (w *testEnv) orphans(r *replica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
+func (w *testEnv) orphans(r *testReplica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
 	w.t.Helper()
 	reasons := map[string]string{}
 	o.Collection = catalog.Ref{ID: col.ID}
@@ -89,7 +89,7 @@ func (w *testEnv) orphans(r *replica, col catalog.Collection, o collect.OrphanOp
 		reasons[o.Key] = mark + o.Reason
 		return nil
 	}
-	if err := r.Collector().Orphans(w.t.Context(), o); err != nil {
+	if err := r.Collector.Orphans(w.t.Context(), o); err != nil {
 		w.t.Fatal(err)
 	}
 	return reasons
@@ -187,7 +187,7 @@ func TestOrphans(t *testing.T) {
 // those of an ended one are.
 func TestOrphansOfRestores(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.RestoreSlots = -1 }) // so that it never ends
+		r := w.start("a", func(o *testOptions) { o.Parts.Slots = -1 }) // so that it never ends
 		col := w.richCollection(r, "c", 12)
 		s := w.create(r, col, "one")
 		job := w.restore(r, restoreSpecOf(s))
@@ -208,7 +208,7 @@ func TestOrphansOfRestores(t *testing.T) {
 		if got := w.orphans(r, col, collect.OrphanOptions{}); len(got) > 0 {
 			t.Errorf("got %v", got)
 		}
-		e, err := r.Collector().Explain(t.Context(), "default", index)
+		e, err := r.Collector.Explain(t.Context(), "default", index)
 		if want := fmt.Sprintf("restore job %d may be writing it: it stays until the job ends", job.ID); err != nil ||
 			!e.Kept || e.Reason != want {
 			t.Errorf("%+v, want %q, err = %v", e, want, err)
@@ -232,10 +232,10 @@ func TestOrphansNeedReferences(t *testing.T) {
 		}
 		r = w.forget(r, "c")
 		o := collect.OrphanOptions{Collection: catalog.Ref{ID: col.ID}, Delete: true, Grace: time.Hour}
-		if err := r.Collector().Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
+		if err := r.Collector.Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
 			t.Errorf("got %v", err)
 		}
-		if e, err := r.Collector().Explain(t.Context(), "default", key); err != nil || !e.Kept ||
+		if e, err := r.Collector.Explain(t.Context(), "default", key); err != nil || !e.Kept ||
 			!strings.Contains(e.Reason, "its holders are unknown") {
 			t.Errorf("%+v, err = %v", e, err)
 		}
@@ -245,7 +245,7 @@ func TestOrphansNeedReferences(t *testing.T) {
 		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(bad, []byte("garbage"))}}); err != nil {
 			t.Fatal(err)
 		}
-		if err := r.Collector().Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
+		if err := r.Collector.Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("got %v", err)
 		}
 		if len(w.objectsUnder(key[:strings.LastIndexByte(key, '/')+1])) != 1 {
@@ -348,7 +348,7 @@ func TestExplain(t *testing.T) {
 				Reason: "the newest two heartbeats stay; they reveal a metadata rollback",
 			},
 		} {
-			got, err := r.Collector().Explain(t.Context(), "default", key)
+			got, err := r.Collector.Explain(t.Context(), "default", key)
 			if err != nil {
 				t.Errorf("%s: %v", key, err)
 				continue
@@ -357,9 +357,9 @@ func TestExplain(t *testing.T) {
 				t.Errorf("%s (-want +got):\n%s", key, diff)
 			}
 		}
-		_, err := r.Collector().Explain(t.Context(), "nowhere", "x")
+		_, err := r.Collector.Explain(t.Context(), "nowhere", "x")
 		wantError(t, err, object.ErrStoreNotFound)
-		_, err = r.Collector().Explain(t.Context(), "default", "../x")
+		_, err = r.Collector.Explain(t.Context(), "default", "../x")
 		wantError(t, err, object.ErrInvalidKey)
 	})
 }
@@ -408,7 +408,7 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 				Unit:   granted.ID,
 			}},
 		} {
-			got, err := r.Collector().Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
+			got, err := r.Collector.Explain(t.Context(), "default", "data/"+tc.of.Files[0].Path)
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 				continue
@@ -429,9 +429,11 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 // where the collector does not delete by itself.
 func TestExplainUncollectedObjects(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance, o.CollectMaxShare = time.Minute, 0.5 })
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.Collector.Tolerance, o.Parts.Collector.MaxShare = time.Minute, 0.5
+		})
 		settle() // so that it leads
-		off := w.start("b", func(o *Options) { o.CollectorOff = true })
+		off := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(r, "c")
 		var list []segment.Segment
 		var ids []int64
@@ -449,7 +451,7 @@ func TestExplainUncollectedObjects(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		settle()
 		for _, tc := range []struct {
-			by        *replica
+			by        *testReplica
 			key, want string
 		}{
 			{r, key, "the last cycle stopped in this collection: 100 of 100 units and segments are eligible; see " +
@@ -457,7 +459,7 @@ func TestExplainUncollectedObjects(t *testing.T) {
 			{off, key, "the collector is off: `snapshotctl gc run` deletes it after the tolerance"},
 			{off, dead, "the collector is off: `snapshotctl gc run --sweep` deletes it"},
 		} {
-			if e, err := tc.by.Collector().Explain(t.Context(), "default", tc.key); err != nil ||
+			if e, err := tc.by.Collector.Explain(t.Context(), "default", tc.key); err != nil ||
 				!e.Kept || !strings.HasSuffix(e.Reason, tc.want) {
 				t.Errorf("%s: %+v, want %q, err = %v", tc.key, e, tc.want, err)
 			}
@@ -469,7 +471,9 @@ func TestExplainUncollectedObjects(t *testing.T) {
 // foreign file beside a snapshot.
 func TestLeaderSweeps(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.OrphanGrace, o.SweepInterval = 2*time.Hour, 30*time.Minute })
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = 2*time.Hour, 30*time.Minute
+		})
 		col, _, _ := w.collection(r, "c")
 		w.checkpoint(r, col, 100, 100)
 		kept, s := w.create(r, col, "kept"), w.create(r, col, "one")
@@ -483,12 +487,12 @@ func TestLeaderSweeps(t *testing.T) {
 		if got := w.keysUnder(keys.SnapshotPrefix); !slices.Equal(got, []string{keys.Snapshot(kept.ID)}) {
 			t.Errorf("records %v", got)
 		}
-		if n, _ := r.GC().Counters().Of(gc.BySnapshot); n == 0 {
+		if n, _ := r.GC.Counters().Of(gc.BySnapshot); n == 0 {
 			t.Error("nothing is counted")
 		}
 		w.write(dir+"manifest-0.avro", dir+"metadata.json") // written late by a frozen creator
 		time.Sleep(2 * time.Minute)
-		if st := r.Collector().SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
+		if st := r.Collector.SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
 			t.Errorf("the first sweep: %+v", st)
 		}
 		time.Sleep(3 * time.Hour)

@@ -35,7 +35,7 @@ func TestEtcdOvertaken(t *testing.T) {
 		}
 	})
 	w := inReality(t, kv)
-	a := w.start("a", func(o *Options) { o.CollectorOff = true })
+	a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 	col, _, _ := w.collection(a, "c")
 	s := w.segment(a, col, 0, 1, 20)
 	w.add(a, col, s)
@@ -59,9 +59,9 @@ func TestEtcdOvertaken(t *testing.T) {
 			made <- n
 		})
 	}
-	all := []*replica{a}
+	all := []*testReplica{a}
 	for i := range 6 { // start while snapshots are made
-		all = append(all, w.start(fmt.Sprint("b", i), func(o *Options) { o.CollectorOff = true }))
+		all = append(all, w.start(fmt.Sprint("b", i), func(o *testOptions) { o.Parts.Collector.Off = true }))
 		for range 5 { // ask for progress
 			if _, _, err := all[i+1].List(t.Context(), Filter{}, Place{}, 1); err != nil {
 				t.Error(err)
@@ -87,7 +87,7 @@ func TestEtcdOvertaken(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := r.GC().Check(ctx, catalog.Ref{ID: col.ID}, asks)
+			got, err := r.GC.Check(ctx, catalog.Ref{ID: col.ID}, asks)
 			if err == nil && len(list) >= want && got[0].Holders == len(list) {
 				break
 			}

@@ -19,7 +19,7 @@ import (
 // another expires and releases its snapshot.
 func TestEtcdPinExpires(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *Options) { o.LeaderTTL = 2 * time.Second })
+	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
 	col, _, _ := w.collection(r, "c")
 	s, kept := w.create(r, col, "x"), w.create(r, col, "kept")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -66,8 +66,8 @@ func TestEtcdPinExpires(t *testing.T) {
 // TestEtcdPinAndDrop races pins with drops.
 func TestEtcdPinAndDrop(t *testing.T) {
 	w := inReality(t, etcdtest.Shared(t).KV(t))
-	quick := func(o *Options) { o.LeaderTTL = 2 * time.Second }
-	replicas := []*replica{w.start("a", quick), w.start("b", quick)}
+	quick := func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second }
+	replicas := []*testReplica{w.start("a", quick), w.start("b", quick)}
 	col, _, _ := w.collection(replicas[0], "c")
 	for range 10 {
 		s := w.create(replicas[0], col, "x")

@@ -26,7 +26,7 @@ func pinToken(value string) request.Token {
 }
 
 // pin pins a snapshot; 0 means no ttl.
-func (w *testEnv) pin(r *replica, s *snapshot.Record, ttl time.Duration) *Pin {
+func (w *testEnv) pin(r *testReplica, s *snapshot.Record, ttl time.Duration) *Pin {
 	w.t.Helper()
 	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
 	if err != nil {
@@ -120,13 +120,13 @@ func TestPinKeepsASnapshot(t *testing.T) {
 // TestPinHoldsUpExpiry checks that a snapshot expires at once when its pin ends, in
 // either way, and that the cleaner is idle before.
 func TestPinHoldsUpExpiry(t *testing.T) {
-	for name, end := range map[string]func(r *replica, p *Pin) error{
-		"removed": func(r *replica, p *Pin) error { return r.Unpin(context.Background(), Ref{ID: p.Snapshot}, p.ID) },
-		"expired": func(_ *replica, p *Pin) error { time.Sleep(time.Until(p.ExpireTime)); return nil },
+	for name, end := range map[string]func(r *testReplica, p *Pin) error{
+		"removed": func(r *testReplica, p *Pin) error { return r.Unpin(context.Background(), Ref{ID: p.Snapshot}, p.ID) },
+		"expired": func(_ *testReplica, p *Pin) error { time.Sleep(time.Until(p.ExpireTime)); return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *Options) { o.CleanInterval = time.Hour })
+				r := w.start("a", func(o *testOptions) { o.CleanInterval = time.Hour })
 				col, _, _ := w.collection(r, "c")
 				sp := spec(col, "x")
 				sp.TTL = time.Hour
@@ -247,7 +247,7 @@ func TestPinToken(t *testing.T) {
 		a, b := w.start("a"), w.start("b")
 		col, _, _ := w.collection(a, "c")
 		s := w.create(a, col, "x")
-		pin := func(r *replica) *Pin {
+		pin := func(r *testReplica) *Pin {
 			p, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", Reason: "r", TTL: time.Hour})
 			if err != nil {
 				t.Fatal(err)
@@ -285,20 +285,20 @@ func TestPinToken(t *testing.T) {
 // transaction.
 func TestPinRetriesAfterConflict(t *testing.T) {
 	for name, tc := range map[string]struct {
-		change func(t *testing.T, r *replica)
+		change func(t *testing.T, r *testReplica)
 		want   error
 	}{
-		"updated": {func(t *testing.T, r *replica) {
+		"updated": {func(t *testing.T, r *testReplica) {
 			if _, err := r.Update(t.Context(), request.Token{}, Ref{Name: "x"}, UpdateSpec{Description: new("d")}); err != nil {
 				t.Error(err)
 			}
 		}, nil},
-		"dropped": {func(t *testing.T, r *replica) {
+		"dropped": {func(t *testing.T, r *testReplica) {
 			if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 				t.Error(err)
 			}
 		}, snapshot.ErrNotCommitted},
-		"pinned under the token": {func(t *testing.T, r *replica) {
+		"pinned under the token": {func(t *testing.T, r *testReplica) {
 			if _, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", TTL: time.Hour}); err != nil {
 				t.Error(err)
 			}
@@ -389,7 +389,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				defer mu.Unlock()
 				return rnd.IntN(n)
 			}
-			replicas := []*replica{w.start("a"), w.start("b")}
+			replicas := []*testReplica{w.start("a"), w.start("b")}
 			for _, r := range replicas {
 				w.newID(r)
 				r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -501,7 +501,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 				col, _, _ := w.collection(other, "c")
 				s := w.create(other, col, "x")
 				settle()
-				pin := func(r *replica) (*Pin, error) {
+				pin := func(r *testReplica) (*Pin, error) {
 					return r.Pin(t.Context(), tok, Ref{Name: "x"}, PinSpec{Owner: "o", TTL: ttl})
 				}
 				r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodTxn, meta.MethodGrant, meta.MethodRevoke)
@@ -569,7 +569,7 @@ func (l *late) land(ctx context.Context) (meta.TxnResult, error) { return l.KV.T
 func TestLatePin(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
-		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
+		r := w.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
 		col, _, _ := w.collection(r, "c")
 		s := w.create(r, col, "x")
 		pin := func(tok request.Token) (*Pin, error) {
@@ -663,7 +663,7 @@ func TestRenewPin(t *testing.T) {
 // TestRenewalsAtOnce renews a pin concurrently.
 func TestRenewalsAtOnce(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		replicas := []*replica{w.start("a"), w.start("b")}
+		replicas := []*testReplica{w.start("a"), w.start("b")}
 		col, _, _ := w.collection(replicas[0], "c")
 		p := w.pin(replicas[0], w.create(replicas[0], col, "x"), time.Minute)
 		var wg sync.WaitGroup
@@ -744,7 +744,7 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 func TestLateRenewal(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &late{}
-		r := w.start("a", func(o *Options) { l.KV, o.KV = o.KV, l })
+		r := w.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
 		col, _, _ := w.collection(r, "c")
 		p := w.pin(r, w.create(r, col, "x"), time.Minute)
 		l.set(true)

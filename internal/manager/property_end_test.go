@@ -55,7 +55,7 @@ func (c *course) collect(m *member, s step) {
 	c.call(func(ctx context.Context) {
 		_, _ = m.Collect(ctx, o)
 		if s.C%2 == 0 {
-			_, _ = m.Collector().Sweep(ctx, collect.SweepOptions{DryRun: s.C%5 == 0})
+			_, _ = m.Collector.Sweep(ctx, collect.SweepOptions{DryRun: s.C%5 == 0})
 		}
 	})
 }
@@ -184,7 +184,7 @@ func (c *course) finish() {
 	c.rest(15 * time.Minute) // leases expire, and calls in flight end
 	c.flying.Wait()
 	for id := range c.underWay() {
-		_, _ = c.replicas[0].Jobs().Cancel(ctx, id)
+		_, _ = c.replicas[0].Jobs.Cancel(ctx, id)
 	}
 	c.rest(15 * time.Minute)
 	if left := c.underWay(); len(left) > 0 {
@@ -192,7 +192,7 @@ func (c *course) finish() {
 	}
 	c.rightModel()
 	m := c.replicas[0]
-	c.w.check(m.replica)
+	c.w.check(m.testReplica)
 	for _, p := range c.pins {
 		c.must(m.Unpin(ctx, Ref{ID: p.Snapshot}, p.ID))
 	}
@@ -327,7 +327,7 @@ func (c *course) nothingLeft() {
 	if len(c.finished) != len(c.cols) {
 		c.wrong("%d of %d collections are gone", len(c.finished), len(c.cols))
 	}
-	s := c.replicas[0].GC().Stats()
+	s := c.replicas[0].GC.Stats()
 	if s.Snapshots+s.Loading+s.Unreadable+s.Segments+s.Builds+s.Granted+s.Unconfirmed != 0 {
 		c.wrong("all is gone, and there is %+v", s)
 	}

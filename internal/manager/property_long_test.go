@@ -62,9 +62,9 @@ func (w *testEnv) used() usedKeys {
 // per unit, and that the stubs are removed with the snapshots.
 func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			o.Log = zap.NewNop()
-			o.CollectTolerance = time.Minute
+			o.Parts.Collector.Tolerance = time.Minute
 		})
 		col, _, x := w.collection(r, "c")
 		w.checkpoint(r, col, 1000, 1000)
@@ -140,7 +140,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		time.Sleep(3 * time.Minute)
 		settle()
 		// They are most of the collection, so the round must be forced.
-		if last := r.Collector().LastCycle(); last == nil || len(last.Stops) != 1 {
+		if last := r.Collector.LastCycle(); last == nil || len(last.Stops) != 1 {
 			t.Errorf("the last round: %+v", last)
 		}
 		if _, s := w.round(r,

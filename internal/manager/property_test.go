@@ -275,7 +275,7 @@ type course struct {
 
 // member is one replica with its fault injectors.
 type member struct {
-	*replica
+	*testReplica
 	spy    *spy
 	late   *tardy
 	frozen bool
@@ -464,7 +464,7 @@ func (c *course) setUp() {
 	for i := range c.replicas {
 		c.start(i)
 	}
-	o := c.replicas[0].o
+	o := testOptions{Options: c.replicas[0].o}
 	stores := map[string]object.Store{"default": c.objects}
 	o.KV, o.Requests, o.Stores = c.w.kv, requests, stores
 	o.Epoch = c.epoch(c.w.kv, c.objects)
@@ -473,9 +473,7 @@ func (c *course) setUp() {
 		ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 	})
 	c.cat = o.Catalog
-	var err error
-	c.reader, err = New(o)
-	c.must(err)
+	_, c.reader = c.w.make(o)
 	c.guard.reader = c.reader
 	c.must(identity.Check(context.Background(), c.w.kv, c.objects, "default", c.replicas[0].o.Cluster.ID, rand.Reader))
 	for range 2 {
@@ -544,7 +542,7 @@ func (c *course) newIndex(l *ledger) {
 
 func (c *course) start(i int) {
 	m := &member{}
-	m.replica = c.w.start(fmt.Sprint("r", i), func(o *Options) {
+	m.testReplica = c.w.start(fmt.Sprint("r", i), func(o *testOptions) {
 		o.Log = zap.NewNop()
 		o.MaxCreates = 4
 		m.spy = &spy{KV: o.KV, failed: func() { c.reach.compareFailed.Add(1) }}
@@ -557,13 +555,14 @@ func (c *course) start(i int) {
 		})
 		o.KV, o.Stores = m.spy, stores
 		// Swept objects are unused at once; the grace period is only a safety margin.
-		o.CollectTolerance, o.OrphanGrace, o.SweepInterval = 5*time.Minute, time.Second, 10*time.Minute
+		o.Parts.Collector.Tolerance, o.Parts.Collector.OrphanGrace = 5*time.Minute, time.Second
+		o.Parts.Collector.SweepInterval = 10 * time.Minute
 		if !c.long {
-			o.KeepRestores = 24 * time.Hour // longer than any delay
+			o.Parts.KeepRestores = 24 * time.Hour // longer than any delay
 		}
 		if c.ending { // longer intervals: many hours pass
-			o.LeaderTTL, o.CleanInterval = time.Hour, 30*time.Minute
-			o.CollectInterval, o.SweepInterval = 10*time.Minute, time.Hour
+			o.Parts.LeaderTTL, o.CleanInterval = time.Hour, 30*time.Minute
+			o.Parts.Collector.Interval, o.Parts.Collector.SweepInterval = 10*time.Minute, time.Hour
 		}
 	})
 	c.replicas[i] = m
@@ -1121,7 +1120,7 @@ func (c *course) reclaim(m *member, l *ledger, asks []gc.Ask, deleter gc.Deleter
 		known[id] = true
 	}
 	c.call(func(ctx context.Context) {
-		answers, err := m.GC().Reclaim(ctx, catalog.Ref{ID: l.col.ID}, asks, deleter, "caller")
+		answers, err := m.GC.Reclaim(ctx, catalog.Ref{ID: l.col.ID}, asks, deleter, "caller")
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.ended = append(c.ended, reclaimed{l, asks, known, answers, err})
@@ -1224,7 +1223,7 @@ func (c *course) do(s step) {
 	case "cancel":
 		m = c.calm(s.C)
 		if id, ok := pickOf(c.underWay(), s.B); ok {
-			c.call(func(ctx context.Context) { _, _ = m.Jobs().Cancel(ctx, id) })
+			c.call(func(ctx context.Context) { _, _ = m.Jobs.Cancel(ctx, id) })
 		}
 	case "collect":
 		c.collect(c.calm(s.B), s)
@@ -1368,7 +1367,7 @@ func (c *course) do(s step) {
 		c.start(s.B % 3)
 	case "zombie": // the leader, in most cases
 		for i, r := range c.replicas {
-			if r.Stats().Leading && s.C%4 != 0 {
+			if r.Leading() && s.C%4 != 0 {
 				m = c.replicas[i]
 			}
 		}
@@ -1435,7 +1434,7 @@ func (c *course) confirm(m *member, l *ledger, dies bool) {
 		return
 	}
 	slices.Sort(ids)
-	c.call(func(ctx context.Context) { _, _ = m.GC().Confirm(ctx, catalog.Ref{ID: l.col.ID}, ids) })
+	c.call(func(ctx context.Context) { _, _ = m.GC.Confirm(ctx, catalog.Ref{ID: l.col.ID}, ids) })
 }
 
 // corrupt damages the references of a snapshot and removes them from all caches.

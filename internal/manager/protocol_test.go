@@ -55,16 +55,16 @@ func TestRollBackAbortsUploads(t *testing.T) {
 		})
 		job := w.restore(r, restoreSpecOf(s))
 		time.Sleep(time.Second)
-		st, err := r.Jobs().Get(t.Context(), job.ID)
+		st, err := r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || st.Job.Phase != copyjob.Copy {
 			t.Fatalf("%+v, err = %v", st.Job, err)
 		}
-		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
+		if _, err := r.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(10 * time.Minute)
 		settle()
-		st, err = r.Jobs().Get(t.Context(), job.ID)
+		st, err = r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack {
 			t.Fatalf("while no upload can be aborted the job is %+v, err = %v", st.Job, err)
 		}

@@ -16,7 +16,7 @@ import (
 // reads does not grow.
 func TestReadsOfAnUpdate(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, x := w.collection(r, "c")
 		s := w.segment(r, col, 0, 1, 20)
 		w.addWritten(r, col, s)

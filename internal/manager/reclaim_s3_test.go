@@ -21,10 +21,10 @@ import (
 func TestS3Reclaim(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
-	start := func(name string) *replica {
-		return w.start(name, func(o *Options) {
+	start := func(name string) *testReplica {
+		return w.start(name, func(o *testOptions) {
 			o.Stores = map[string]object.Store{"default": through}
-			o.LeaderTTL, o.CleanInterval = 2*time.Second, 2*time.Second
+			o.Parts.LeaderTTL, o.CleanInterval = 2*time.Second, 2*time.Second
 		})
 	}
 	r := start("a")
@@ -82,7 +82,7 @@ func TestS3Reclaim(t *testing.T) {
 	if got := w.objectsUnder("data/"); !slices.Equal(got, want[:1]) {
 		t.Errorf("left %v, want %v", got, want[:1])
 	}
-	if got, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids[:1]); err != nil || got[0] != gc.Confirmed {
+	if got, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids[:1]); err != nil || got[0] != gc.Confirmed {
 		t.Errorf("got %v, err = %v", got, err)
 	}
 	if got := append(w.keysUnder("/gc/tomb/"), w.keysUnder("/catalog/unit/")...); len(got) > 0 {

@@ -27,7 +27,7 @@ import (
 )
 
 // addWritten writes the files of segments and registers them.
-func (w *testEnv) addWritten(r *replica, col catalog.Collection, segments ...segment.Segment) {
+func (w *testEnv) addWritten(r *testReplica, col catalog.Collection, segments ...segment.Segment) {
 	w.t.Helper()
 	for i := range segments {
 		w.writeFiles(&segments[i])
@@ -45,7 +45,7 @@ func (w *testEnv) writeFiles(s *segment.Segment) {
 }
 
 // dropSegments drops segments of a collection and returns their ids as asks.
-func (w *testEnv) dropSegments(r *replica, col catalog.Collection, ids ...int64) []gc.Ask {
+func (w *testEnv) dropSegments(r *testReplica, col catalog.Collection, ids ...int64) []gc.Ask {
 	w.t.Helper()
 	w.swap(r, col, catalog.SegmentChange{Drop: ids})
 	asks := make([]gc.Ask, len(ids))
@@ -55,16 +55,16 @@ func (w *testEnv) dropSegments(r *replica, col catalog.Collection, ids ...int64)
 	return asks
 }
 
-func (w *testEnv) swap(r *replica, col catalog.Collection, swap catalog.SegmentChange) {
+func (w *testEnv) swap(r *testReplica, col catalog.Collection, swap catalog.SegmentChange) {
 	w.t.Helper()
 	if _, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, swap); err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-func (w *testEnv) reclaim(r *replica, col catalog.Collection, deleter gc.Deleter, asks ...gc.Ask) []gc.Answer {
+func (w *testEnv) reclaim(r *testReplica, col catalog.Collection, deleter gc.Deleter, asks ...gc.Ask) []gc.Answer {
 	w.t.Helper()
-	answers, err := r.GC().Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, asks, deleter, "tester")
+	answers, err := r.GC.Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, asks, deleter, "tester")
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func (w *testEnv) heldBy(a gc.Answer, snapshots ...*snapshot.Record) {
 	}
 }
 
-func (w *testEnv) dropSnapshot(r *replica, s *snapshot.Record) {
+func (w *testEnv) dropSnapshot(r *testReplica, s *snapshot.Record) {
 	w.t.Helper()
 	if _, err := r.Drop(w.t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 		w.t.Fatal(err)
@@ -114,10 +114,10 @@ func sameTombstone(a, b *gc.Tombstone) bool {
 }
 
 // withSpy starts a replica whose grants can be intercepted.
-func (w *testEnv) withSpy(name string) (*replica, *spy, *int) {
+func (w *testEnv) withSpy(name string) (*testReplica, *spy, *int) {
 	s, failed := &spy{}, new(int)
 	s.failed = func() { *failed++ }
-	r := w.start(name, func(o *Options) { s.KV, o.KV = o.KV, s })
+	r := w.start(name, func(o *testOptions) { s.KV, o.KV = o.KV, s })
 	return r, s, failed
 }
 
@@ -152,7 +152,7 @@ func TestUnitIsReclaimed(t *testing.T) {
 					t.Errorf("%d files, want 3", n)
 				}
 				w.dropSnapshot(r, two)
-				check, err := r.GC().Check(t.Context(), catalog.Ref{ID: col.ID}, asks)
+				check, err := r.GC.Check(t.Context(), catalog.Ref{ID: col.ID}, asks)
 				if err != nil || check[0].State != gc.Dropped || check[0].Holders != 0 {
 					t.Errorf("a unit without holders is %+v, err = %v", check, err)
 				}
@@ -171,10 +171,10 @@ func TestUnitIsReclaimed(t *testing.T) {
 					if n := len(w.objectsUnder("data/")); n != 3 {
 						t.Errorf("%d files, want 3: the caller deletes them", n)
 					}
-					if st := r.GC().Stats(); st.Unconfirmed != 1 || st.Oldest != 5*time.Minute || st.Granted != 0 {
+					if st := r.GC.Stats(); st.Unconfirmed != 1 || st.Oldest != 5*time.Minute || st.Granted != 0 {
 						t.Errorf("got %+v", st)
 					}
-					got, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{s.ID, 1 << 40})
+					got, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{s.ID, 1 << 40})
 					if err != nil || !slices.Equal(got, []gc.Confirmation{gc.Confirmed, gc.NoTombstone}) {
 						t.Errorf("got %v, err = %v", got, err)
 					}
@@ -185,7 +185,7 @@ func TestUnitIsReclaimed(t *testing.T) {
 				if got := w.keysUnder("/gc/tomb/"); len(got) > 0 {
 					t.Errorf("left %v", got)
 				}
-				if st := r.GC().Stats(); st != (gc.Stats{}) {
+				if st := r.GC.Stats(); st != (gc.Stats{}) {
 					t.Errorf("got %+v", st)
 				}
 				if a := w.reclaim(r, col, deleter, asks...)[0]; a.State != gc.Unknown || a.Holders != 0 {
@@ -200,9 +200,9 @@ func TestUnitIsReclaimed(t *testing.T) {
 // TestGrantComparesItsPreconditions checks that a grant compares the generation and the
 // pending keys, and is retried when one changed after it was read.
 func TestGrantComparesItsPreconditions(t *testing.T) {
-	for name, between := range map[string]func(w *testEnv, b *replica, col catalog.Collection){
-		"a commit": func(w *testEnv, b *replica, col catalog.Collection) { w.create(b, col, "x") },
-		"a begin": func(w *testEnv, b *replica, col catalog.Collection) {
+	for name, between := range map[string]func(w *testEnv, b *testReplica, col catalog.Collection){
+		"a commit": func(w *testEnv, b *testReplica, col catalog.Collection) { w.create(b, col, "x") },
+		"a begin": func(w *testEnv, b *testReplica, col catalog.Collection) {
 			b.store.Freeze()
 			sp := spec(col, "x")
 			sp.NoWait = true
@@ -210,13 +210,13 @@ func TestGrantComparesItsPreconditions(t *testing.T) {
 				w.t.Error(err)
 			}
 		},
-		"a grant": func(w *testEnv, b *replica, col catalog.Collection) {
+		"a grant": func(w *testEnv, b *testReplica, col catalog.Collection) {
 			for _, key := range w.keysUnder(keys.UnitPrefix(col.ID)) {
 				id, err := keys.LastID(key)
 				if err != nil {
 					w.t.Error(err)
 				}
-				if _, err := b.GC().Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, []gc.Ask{{Segment: id}},
+				if _, err := b.GC.Reclaim(w.t.Context(), catalog.Ref{ID: col.ID}, []gc.Ask{{Segment: id}},
 					gc.ByCaller, "other"); err != nil {
 					w.t.Error(err)
 				}
@@ -265,7 +265,7 @@ func TestGrantGivesUp(t *testing.T) {
 			spy.before = again
 		}
 		spy.before = again
-		_, err := a.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		_, err := a.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		wantError(t, err, meta.ErrConflict)
 		if *failed != 16 || len(w.keysUnder("/gc/tomb/")) > 0 {
 			t.Errorf("%d attempts, tombstones %v", *failed, w.keysUnder("/gc/tomb/"))
@@ -390,7 +390,7 @@ func TestGrantWithoutAnswer(t *testing.T) {
 				asks := w.dropSegments(b, col, s.ID)
 				settle()
 				r.kv.FailNth(1, fault, meta.MethodTxn) // after the read
-				_, err := r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "first")
+				_, err := r.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "first")
 				wantError(t, err, meta.ErrUnavailable)
 				if r.kv.Fired() != 1 {
 					t.Fatalf("%d faults", r.kv.Fired())
@@ -437,7 +437,7 @@ func TestDuplicateAsksOfOneUnit(t *testing.T) {
 
 func TestParallelReclaims(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		rs := []*replica{w.start("a"), w.start("b")}
+		rs := []*testReplica{w.start("a"), w.start("b")}
 		col, _, _ := w.collection(rs[0], "c")
 		s := w.segment(rs[0], col, 0, 1, 20)
 		w.add(rs[0], col, s)
@@ -446,7 +446,7 @@ func TestParallelReclaims(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range tombs {
 			wg.Go(func() {
-				answers, err := rs[i%2].GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, fmt.Sprint(i))
+				answers, err := rs[i%2].GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, fmt.Sprint(i))
 				if err != nil || answers[0].State != gc.Granted {
 					t.Errorf("got %+v, err = %v", answers, err)
 					return
@@ -506,7 +506,7 @@ func TestManyAsks(t *testing.T) {
 		for after, more := int64(0), true; more; {
 			var list []*gc.Tombstone
 			var err error
-			if list, more, err = r.GC().List(t.Context(), col.ID, gc.ByCaller, col.ID, after, 300); err != nil {
+			if list, more, err = r.GC.List(t.Context(), col.ID, gc.ByCaller, col.ID, after, 300); err != nil {
 				t.Fatal(err)
 			}
 			for _, tomb := range list {
@@ -518,7 +518,7 @@ func TestManyAsks(t *testing.T) {
 		if !slices.Equal(tombs, ids) {
 			t.Errorf("%d listed, not those that there are", len(tombs))
 		}
-		confirmed, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, tombs)
+		confirmed, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, tombs)
 		if err != nil || slices.ContainsFunc(confirmed, func(c gc.Confirmation) bool { return c != gc.Confirmed }) ||
 			len(w.keysUnder("/gc/tomb/")) > 0 {
 			t.Errorf("err = %v", err)
@@ -547,7 +547,7 @@ func TestLargeUnits(t *testing.T) {
 			asks[i] = gc.Ask{Segment: id}
 		}
 		w.granted(w.reclaim(r, col, gc.ByCaller, asks...))
-		list, more, err := r.GC().List(t.Context(), 0, 0, 0, 0, 1000)
+		list, more, err := r.GC.List(t.Context(), 0, 0, 0, 0, 1000)
 		if err != nil || !more || len(list) == 0 || len(list) > 7 {
 			t.Errorf("%d in one list, more = %v, err = %v", len(list), more, err)
 		}
@@ -555,7 +555,7 @@ func TestLargeUnits(t *testing.T) {
 }
 
 // forget replaces a replica by a new one with empty caches.
-func (w *testEnv) forget(r *replica, name string) *replica {
+func (w *testEnv) forget(r *testReplica, name string) *testReplica {
 	w.t.Helper()
 	r.stop()
 	return w.start(name)
@@ -627,15 +627,15 @@ func TestUnreadableReferences(t *testing.T) {
 					repair := harm(w, s, key, data)
 					r = w.forget(r, "b")
 					settle()
-					_, err = r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[0], gc.ByCaller, "tester")
+					_, err = r.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[0], gc.ByCaller, "tester")
 					wantError(t, err, gc.ErrUnreadable)
 					if !strings.Contains(errText(err), fmt.Sprintf(`snapshot "x" (%d)`, s.ID)) {
 						t.Errorf("got %v", err)
 					}
-					_, err = r.GC().Check(t.Context(), catalog.Ref{ID: col.ID}, asks[0])
+					_, err = r.GC.Check(t.Context(), catalog.Ref{ID: col.ID}, asks[0])
 					wantError(t, err, gc.ErrUnreadable)
 					w.granted(w.reclaim(r, other, gc.ByCaller, asks[1]...))
-					if st := r.GC().Stats(); st.Unreadable != 1 || st.Snapshots != 0 || st.Loading != 0 {
+					if st := r.GC.Stats(); st.Unreadable != 1 || st.Snapshots != 0 || st.Loading != 0 {
 						t.Errorf("got %+v", st)
 					}
 					if heal == "dropped" {
@@ -645,7 +645,7 @@ func TestUnreadableReferences(t *testing.T) {
 						time.Sleep(time.Minute)
 					}
 					settle()
-					if st := r.GC().Stats(); st.Unreadable != 0 {
+					if st := r.GC.Stats(); st.Unreadable != 0 {
 						t.Errorf("got %+v", st)
 					}
 					w.granted(w.reclaim(r, col, gc.ByCaller, asks[0]...))
@@ -673,19 +673,19 @@ func TestReferencesOfALostStore(t *testing.T) {
 			}
 			return object.FaultNone
 		}
-		b := w.start("b", func(o *Options) { o.Stores["default"].(*object.Faulty).Plan(lost) })
+		b := w.start("b", func(o *testOptions) { o.Stores["default"].(*object.Faulty).Plan(lost) })
 		settle()
-		if st := b.GC().Stats(); st.Loading != 1 || st.Unreadable != 0 {
+		if st := b.GC.Stats(); st.Loading != 1 || st.Unreadable != 0 {
 			t.Errorf("got %+v", st)
 		}
-		_, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		_, err := b.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		wantError(t, err, gc.ErrLoading)
 		wantError(t, err, object.ErrUnavailable)
 		if errors.Is(err, gc.ErrUnreadable) || strings.Contains(errText(err), "dropped") {
 			t.Errorf("no answer is a verdict: %v", err)
 		}
 		began := time.Now()
-		_, err = b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		_, err = b.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		wantError(t, err, gc.ErrLoading)
 		if d := time.Since(began); d != 0 {
 			t.Errorf("it waited %v for a store that does not answer", d)
@@ -693,7 +693,7 @@ func TestReferencesOfALostStore(t *testing.T) {
 		if strings.Contains(errText(err), "injected") {
 			t.Errorf("it reports %v", err)
 		}
-		if st := b.GC().Stats(); st.Loading != 0 || st.Unreadable != 1 {
+		if st := b.GC.Stats(); st.Loading != 0 || st.Unreadable != 1 {
 			t.Errorf("got %+v", st)
 		}
 		b.store.Plan(nil)
@@ -750,16 +750,16 @@ func TestUnparseableRecordBlocksAll(t *testing.T) {
 					r = w.forget(r, "b")
 				}
 				settle()
-				_, err := r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+				_, err := r.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 				wantError(t, err, gc.ErrUnreadable)
-				if st := r.GC().Stats(); st.Unreadable != 1 {
+				if st := r.GC.Stats(); st.Unreadable != 1 {
 					t.Errorf("got %+v", st)
 				}
 				if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
 					t.Fatal(err)
 				}
 				settle()
-				if a, err := r.GC().Check(t.Context(), catalog.Ref{ID: col.ID}, asks); err != nil || a[0].Holders != 0 {
+				if a, err := r.GC.Check(t.Context(), catalog.Ref{ID: col.ID}, asks); err != nil || a[0].Holders != 0 {
 					t.Errorf("got %+v, err = %v", a, err)
 				}
 			}
@@ -812,13 +812,13 @@ func TestLoadingReferences(t *testing.T) {
 			asks = append(asks, w.dropSegments(r, c, s.ID)...)
 		}
 		w.create(r, col, "x")
-		b := w.start("b", func(o *Options) { o.Stores["default"].(*object.Faulty).Freeze() })
+		b := w.start("b", func(o *testOptions) { o.Stores["default"].(*object.Faulty).Freeze() })
 		settle()
-		if st := b.GC().Stats(); st.Loading != 1 {
+		if st := b.GC.Stats(); st.Loading != 1 {
 			t.Errorf("got %+v", st)
 		}
 		began := time.Now()
-		_, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[:1], gc.ByCaller, "tester")
+		_, err := b.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[:1], gc.ByCaller, "tester")
 		wantError(t, err, gc.ErrLoading)
 		if d := time.Since(began); d != 10*time.Second {
 			t.Errorf("it waited %v", d)
@@ -826,7 +826,7 @@ func TestLoadingReferences(t *testing.T) {
 		w.granted(w.reclaim(b, other, gc.ByCaller, asks[1]))
 		result := make(chan []gc.Answer, 1)
 		go func() {
-			answers, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[:1], gc.ByCaller, "tester")
+			answers, err := b.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[:1], gc.ByCaller, "tester")
 			if err != nil {
 				t.Error(err)
 			}
@@ -858,7 +858,7 @@ func TestLaggingFollower(t *testing.T) {
 		snap := w.create(b, col, "x")
 		settle() // a has received the pending changes
 		asks := w.dropSegments(b, col, s.ID)
-		_, err := a.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		_, err := a.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		wantError(t, err, gc.ErrLoading)
 		_, _, now, err := w.kv.Get(t.Context(), "/none")
 		if err != nil {
@@ -898,11 +898,11 @@ func TestFailedDeleteIsRetried(t *testing.T) {
 		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
 		time.Sleep(time.Minute)
 		settle()
-		if n, st := len(w.keysUnder("/gc/tomb/")), r.GC().Stats(); n != 3 || st.Granted != 3 ||
+		if n, st := len(w.keysUnder("/gc/tomb/")), r.GC.Stats(); n != 3 || st.Granted != 3 ||
 			st.Unconfirmed != 0 || len(w.objectsUnder("data/")) != 3 {
 			t.Errorf("%d tombstones, stats %+v, files %v", n, st, w.objectsUnder("data/"))
 		}
-		confirmed, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
+		confirmed, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
 		if err != nil || !slices.Equal(confirmed,
 			[]gc.Confirmation{gc.OwnedBySnapshotd, gc.OwnedBySnapshotd, gc.OwnedBySnapshotd}) {
 			t.Errorf("got %v, err = %v", confirmed, err)
@@ -921,7 +921,7 @@ func TestFailedDeleteIsRetried(t *testing.T) {
 func TestZombieLeader(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var late *tardy
-		a := w.start("a", func(o *Options) {
+		a := w.start("a", func(o *testOptions) {
 			late = &tardy{Store: o.Stores["default"]}
 			o.Stores = map[string]object.Store{"default": late}
 		})
@@ -932,7 +932,7 @@ func TestZombieLeader(t *testing.T) {
 		w.addWritten(b, col, s, stays)
 		asks := w.dropSegments(b, col, s.ID)
 		settle()
-		if !a.Stats().Leading {
+		if !a.Leading() {
 			t.Fatal("a does not lead")
 		}
 		late.hold()
@@ -947,7 +947,7 @@ func TestZombieLeader(t *testing.T) {
 		a.kv.Freeze()
 		time.Sleep(time.Minute)
 		settle()
-		if !b.Stats().Leading {
+		if !b.Leading() {
 			t.Fatal("b does not lead")
 		}
 		before := w.keysUnder("/gc/tomb/")
@@ -1002,7 +1002,7 @@ func (r *removals) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err
 func TestRemovalIsFenced(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		var refused atomic.Bool
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			o.KV = &removals{
 				KV: o.KV,
 				before: func() {
@@ -1200,7 +1200,7 @@ func TestPathsAreNotSharedAndNotUsedTwice(t *testing.T) {
 		tomb := w.granted(w.reclaim(r, col, gc.ByCaller, gc.Ask{File: catalog.FilePath{Path: s.Files[0].Path}}))[0]
 		refused("it is granted")
 		again()
-		if _, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
+		if _, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tomb.ID}); err != nil {
 			t.Fatal(err)
 		}
 		again() // while the segment exists
@@ -1232,27 +1232,27 @@ func TestReclaimInOtherCollections(t *testing.T) {
 		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
-		_, err := r.GC().Reclaim(t.Context(), catalog.Ref{DB: "default", Name: "c"}, asks, gc.ByCaller, "tester")
+		_, err := r.GC.Reclaim(t.Context(), catalog.Ref{DB: "default", Name: "c"}, asks, gc.ByCaller, "tester")
 		wantError(t, err, catalog.ErrCollectionNotFound)
 		answers := w.reclaim(r, col, gc.ByCaller, asks...)
 		tombs := w.granted(answers) // also that of the segment dropped with it
 		if tombs[2].ID != lives.ID || tombs[2].Unit.Kind != catalog.UnitSegment {
 			t.Errorf("got %+v", tombs[2])
 		}
-		got, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: other.ID}, []int64{tombs[0].ID})
+		got, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: other.ID}, []int64{tombs[0].ID})
 		if err != nil || got[0] != gc.NoTombstone {
 			t.Errorf("got %v, err = %v", got, err)
 		}
 		for _, want := range []gc.Confirmation{gc.Confirmed, gc.NoTombstone} {
-			got, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID})
+			got, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID})
 			if err != nil || got[0] != want {
 				t.Errorf("got %v, err = %v; want %v", got, err, want)
 			}
 		}
 		for _, call := range []func(context.Context, catalog.Ref) error{
-			func(ctx context.Context, ref catalog.Ref) error { _, err := r.GC().Check(ctx, ref, asks); return err },
+			func(ctx context.Context, ref catalog.Ref) error { _, err := r.GC.Check(ctx, ref, asks); return err },
 			func(ctx context.Context, ref catalog.Ref) error {
-				_, err := r.GC().Confirm(ctx, ref, []int64{1})
+				_, err := r.GC.Confirm(ctx, ref, []int64{1})
 				return err
 			},
 		} {
@@ -1279,7 +1279,7 @@ func TestConfirmRaces(t *testing.T) {
 		r.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodTxn {
 				if n++; n == 2 { // after the read
-					if _, err := b.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids[:1]); err != nil {
+					if _, err := b.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids[:1]); err != nil {
 						t.Error(err)
 					}
 				}
@@ -1289,10 +1289,10 @@ func TestConfirmRaces(t *testing.T) {
 			}
 			return meta.NoFault
 		})
-		_, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
+		_, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
 		wantError(t, err, meta.ErrUnavailable)
 		r.kv.Hook(nil)
-		got, err := r.GC().Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
+		got, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, ids)
 		if err != nil || !slices.Equal(got, []gc.Confirmation{gc.NoTombstone, gc.NoTombstone, gc.NoTombstone}) {
 			t.Errorf("got %v, err = %v", got, err)
 		}

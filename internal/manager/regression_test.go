@@ -166,7 +166,7 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 		settle()
 		tok := token("t", "r")
 		// The leader must keep the record, so that it is read back as DELETING.
-		for _, r := range []*replica{a, b} {
+		for _, r := range []*testReplica{a, b} {
 			r.store.Plan(func(c object.Call) object.Fault {
 				if c.Op == object.OpDelete {
 					return object.FaultBefore
@@ -269,7 +269,7 @@ func (s *delayed) Create(ctx context.Context, key string, body []byte) (object.I
 // longer, with no step when a renewal has just become due.
 func TestSlowCreate(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			delays := make(chan time.Duration, 3)
 			delays <- 19 * time.Second
 			delays <- 45 * time.Second
@@ -428,7 +428,7 @@ func TestHungDelete(t *testing.T) {
 		time.Sleep(30 * time.Minute)
 		settle()
 		if got := w.keysUnder("/snapshot/name/"); len(got) != 0 {
-			t.Errorf("after half an hour the dead create still has its name: %v; leading %v", got, a.Stats().Leading)
+			t.Errorf("after half an hour the dead create still has its name: %v; leading %v", got, a.Leading())
 		}
 		b.kv.Thaw()
 		b.store.Thaw()
@@ -501,8 +501,8 @@ func TestCleanerLogLine(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		core, logs := observer.New(zap.InfoLevel)
 		problems := lasting.New(time.Now)
-		r := w.start("a", func(o *Options) {
-			o.CollectorOff, o.Log, o.Problems = true, zap.New(core), problems
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.Collector.Off, o.Log, o.Problems = true, zap.New(core), problems
 		})
 		col, _, _ := w.collection(r, "c")
 		var list []*snapshot.Record

@@ -14,12 +14,12 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/request"
 )
 
-func byCollection(o *Options) { o.Cluster.NameScope = cluster.ScopeCollection }
+func byCollection(o *testOptions) { o.Cluster.NameScope = cluster.ScopeCollection }
 
 // TestSnapshotsAreFoundByTheirDroppedCollection finds the snapshots of a dropped
 // collection by its name, in each call and with each scope of names.
 func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
-	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
+	for _, change := range []func(*testOptions){func(*testOptions) {}, byCollection} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
@@ -148,7 +148,7 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 // TestNamesDuringRestoreOfTheName finds the snapshots of a dropped collection by its
 // name while a restore makes a collection of that name.
 func TestNamesDuringRestoreOfTheName(t *testing.T) {
-	for _, change := range []func(*Options){func(*Options) {}, byCollection} {
+	for _, change := range []func(*testOptions){func(*testOptions) {}, byCollection} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			ctx := t.Context()
 			r := w.start("a", change)
@@ -198,7 +198,7 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 // collection, and a snapshot of the target after the first one was dropped.
 func TestRestoreIntoADroppedName(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col := w.richCollection(r, "c", 6)
 		s := w.create(r, col, "one")
 		w.drops(r, col)

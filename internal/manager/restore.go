@@ -238,9 +238,6 @@ func targetOf(md *manifest.Metadata, spec *RestoreSpec) catalog.Collection {
 	return col
 }
 
-// Jobs returns the restore jobs. They are executed while Run runs.
-func (m *Manager) Jobs() *copyjob.Jobs { return m.jobs }
-
 // NoJob returns the error for a missing restore job: ErrJobForgotten if the id was
 // allocated, else ErrJobNeverExisted.
 func (m *Manager) NoJob(ctx context.Context, id int64) error {

@@ -36,7 +36,7 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 		var won []*copyjob.Job
 		for i := range 20 {
 			wg.Go(func() {
-				job, err := []*replica{a, b}[i%2].Restore(t.Context(), noToken, sp)
+				job, err := []*testReplica{a, b}[i%2].Restore(t.Context(), noToken, sp)
 				mu.Lock()
 				defer mu.Unlock()
 				if err == nil {
@@ -286,7 +286,7 @@ func TestPartialRestore(t *testing.T) {
 				if plan.Totals != job.Totals || plan.EstimatedTime <= 0 {
 					t.Errorf("plan %+v, job %+v", plan, job.Totals)
 				}
-				got, err := r.Jobs().Get(t.Context(), job.ID)
+				got, err := r.Jobs.Get(t.Context(), job.ID)
 				if err != nil || got.Done != job.Totals {
 					t.Errorf("done %+v of %+v, err = %v", got.Done, job.Totals, err)
 				}
@@ -501,8 +501,8 @@ func TestRepeatedRestores(t *testing.T) {
 func TestRestoreToken(t *testing.T) {
 	for _, missing := range []bool{false, true} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a", func(o *Options) { o.KeepRestores = 10 * time.Minute })
-			b := w.start("b", func(o *Options) { o.KeepRestores = 10 * time.Minute })
+			a := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
+			b := w.start("b", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
 			s := w.create(a, w.richCollection(a, "c", 8), "one")
 			if missing {
 				if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
@@ -516,7 +516,7 @@ func TestRestoreToken(t *testing.T) {
 			ids := make([]int64, 10)
 			for i := range ids {
 				wg.Go(func() {
-					job, err := []*replica{a, b}[i%2].Restore(t.Context(), tok, sp)
+					job, err := []*testReplica{a, b}[i%2].Restore(t.Context(), tok, sp)
 					if err != nil {
 						t.Errorf("call %d: %v", i, err)
 						return
@@ -554,22 +554,22 @@ func TestRestoreToken(t *testing.T) {
 // TestRestoreJobExpires checks that ended jobs are forgotten after their time.
 func TestRestoreJobExpires(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
 		s := w.create(r, w.richCollection(r, "c", 2), "one")
 		job := w.mustComplete(r, restoreSpecOf(s))
 		time.Sleep(59 * time.Minute)
-		if _, err := r.Jobs().Get(t.Context(), job.ID); err != nil {
+		if _, err := r.Jobs.Get(t.Context(), job.ID); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(2 * time.Minute)
 		settle()
-		_, err := r.Jobs().Get(t.Context(), job.ID)
+		_, err := r.Jobs.Get(t.Context(), job.ID)
 		wantError(t, err, copyjob.ErrJobNotFound)
 		wantError(t, r.NoJob(t.Context(), job.ID), ErrJobForgotten)
 		wantError(t, r.NoJob(t.Context(), job.ID+1_000_000), ErrJobNeverExisted)
-		_, err = r.Jobs().Cancel(t.Context(), job.ID)
+		_, err = r.Jobs.Cancel(t.Context(), job.ID)
 		wantError(t, err, copyjob.ErrJobNotFound)
-		_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{})
+		_, err = r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{})
 		wantError(t, err, copyjob.ErrJobNotFound)
 		for _, key := range w.keysUnder("/job/") {
 			t.Errorf("%s is left", key)
@@ -748,7 +748,7 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				leader := w.start("a")
 				settle()
-				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				r := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
 				s := w.create(r, w.richCollection(r, "c", 12), "one")
 				leader.kv.Freeze()
 				sp := restoreSpecOf(s)

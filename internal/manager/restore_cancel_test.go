@@ -18,18 +18,18 @@ import (
 // TestRestoreCanceled cancels in each phase.
 func TestRestoreCanceled(t *testing.T) {
 	for name, c := range map[string]struct {
-		hold  func(leader *replica) // keeps the job in the phase
+		hold  func(leader *testReplica) // keeps the job in the phase
 		phase copyjob.Phase
 	}{
-		"admit":   {func(l *replica) { l.kv.Freeze() }, copyjob.Admit},
-		"prepare": {func(l *replica) { failWritesAfter(l, 1) }, copyjob.Prepare}, // begin passes
+		"admit":   {func(l *testReplica) { l.kv.Freeze() }, copyjob.Admit},
+		"prepare": {func(l *testReplica) { failWritesAfter(l, 1) }, copyjob.Prepare}, // begin passes
 		"copy":    {failCopies, copyjob.Copy},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				leader := w.start("a")
 				settle()
-				r := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				r := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
 				s := w.create(r, w.richCollection(r, "c", 12), "one")
 				before := w.contents()
 				c.hold(leader)
@@ -37,16 +37,16 @@ func TestRestoreCanceled(t *testing.T) {
 				sp.Labels = map[string]string{"a": "b"}
 				job := w.restore(r, sp)
 				time.Sleep(time.Second)
-				st, err := r.Jobs().Get(t.Context(), job.ID)
+				st, err := r.Jobs.Get(t.Context(), job.ID)
 				if err != nil || st.Job.Phase != c.phase {
 					t.Fatalf("%+v, err = %v", st.Job, err)
 				}
 				for range 3 { // repeats succeed
-					if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.Phase != copyjob.RollBack {
+					if st, err = r.Jobs.Cancel(t.Context(), job.ID); err != nil || st.Job.Phase != copyjob.RollBack {
 						t.Fatalf("%+v, err = %v", st, err)
 					}
 				}
-				_, err = r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1})
+				_, err = r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1})
 				wantError(t, err, copyjob.ErrEnded)
 				leader.kv.Thaw()
 				leader.clearFaults()
@@ -55,18 +55,18 @@ func TestRestoreCanceled(t *testing.T) {
 					t.Errorf("%+v", end.Job)
 				}
 				w.checkNoTraces(before)
-				if st, err = r.Jobs().Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
+				if st, err = r.Jobs.Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
 					t.Errorf("canceled again: %+v, err = %v", st, err)
 				}
 				w.checkNextRestore(r, before, sp)
-				_, err = r.Jobs().Cancel(t.Context(), w.jobs()[1].ID)
+				_, err = r.Jobs.Cancel(t.Context(), w.jobs()[1].ID)
 				wantError(t, err, copyjob.ErrEnded)
-				_, err = r.Jobs().SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
+				_, err = r.Jobs.SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
 				wantError(t, err, copyjob.ErrEnded)
 				canceled := copyjob.Filter{
 					Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled},
 				}
-				list, more, err := r.Jobs().List(t.Context(), canceled, 0, 1)
+				list, more, err := r.Jobs.List(t.Context(), canceled, 0, 1)
 				if err != nil || more || len(list) != 1 || list[0].Job.ID != job.ID {
 					t.Errorf("%+v, more = %v, err = %v", list, more, err)
 				}
@@ -76,7 +76,7 @@ func TestRestoreCanceled(t *testing.T) {
 }
 
 // failCopies makes all copies fail.
-func failCopies(r *replica) {
+func failCopies(r *testReplica) {
 	r.store.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCopy {
 			return object.FaultBefore
@@ -86,7 +86,7 @@ func failCopies(r *replica) {
 }
 
 // failWritesAfter makes all transactions after the first n fail.
-func failWritesAfter(r *replica, n int) {
+func failWritesAfter(r *testReplica, n int) {
 	var mu sync.Mutex
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		mu.Lock()
@@ -112,7 +112,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				a := w.start("a")
 				settle()
-				b := w.start("b", func(o *Options) { o.RestoreSlots = -1 })
+				b := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
 				s := w.create(b, w.richCollection(b, "c", 4), "one")
 				before := w.contents()
 				var mu sync.Mutex
@@ -130,7 +130,7 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 						return meta.NoFault
 					}
 					jobs := w.jobs()
-					_, cancelErr = b.Jobs().Cancel(context.Background(), jobs[0].ID)
+					_, cancelErr = b.Jobs.Cancel(context.Background(), jobs[0].ID)
 					fired = true
 					return fault
 				})
@@ -210,7 +210,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 		run := random.Uint64()
 		inEnv(t, func(t *testing.T, w *testEnv) {
 			rnd := rand.New(rand.NewPCG(run, 0))
-			var rs []*replica
+			var rs []*testReplica
 			for _, name := range []string{"a", "b", "c"} {
 				rs = append(rs, w.start(name))
 			}
@@ -232,7 +232,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 			}
 			time.Sleep(time.Duration(rnd.IntN([]int{12_000, 60_000}[rnd.IntN(2)])) * time.Millisecond)
 			canceler := rs[(frozen+1)%3]
-			_, cancelErr := canceler.Jobs().Cancel(t.Context(), job.ID)
+			_, cancelErr := canceler.Jobs.Cancel(t.Context(), job.ID)
 			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
 			rs[frozen].kv.Thaw()
 			rs[frozen].store.Thaw()
@@ -274,7 +274,7 @@ func TestRestoreDeadline(t *testing.T) {
 		job := w.restore(r, sp)
 		r.store.Plan(nil)
 		for {
-			st, err := r.Jobs().Get(t.Context(), job.ID)
+			st, err := r.Jobs.Get(t.Context(), job.ID)
 			if err != nil {
 				t.Fatal(err)
 			}

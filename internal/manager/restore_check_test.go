@@ -46,7 +46,7 @@ func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) 
 
 // checkRestored checks that a COMPLETED job made its whole target and nothing else. It
 // reads the stores alone.
-func (w *testEnv) checkRestored(r *replica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
+func (w *testEnv) checkRestored(r *testReplica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
 	w.t.Helper()
 	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
 	d, err := r.Describe(w.t.Context(), sp.Snapshot)
@@ -245,7 +245,7 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 
 // checkOutcome checks that a restore ended with everything or with nothing. After a
 // canceled one it restores to the same name again. At the end it drops the snapshot.
-func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
+func (w *testEnv) checkOutcome(r *testReplica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
 	w.t.Helper()
 	switch end.Job.State {
 	case copyjob.Completed:
@@ -270,7 +270,7 @@ func (w *testEnv) checkOutcome(r *replica, before storeContents, end *copyjob.St
 }
 
 // checkNextRestore restores to the name of an ended job.
-func (w *testEnv) checkNextRestore(r *replica, before storeContents, sp *RestoreSpec) {
+func (w *testEnv) checkNextRestore(r *testReplica, before storeContents, sp *RestoreSpec) {
 	w.t.Helper()
 	job := w.restore(r, sp)
 	if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {

@@ -19,16 +19,16 @@ import (
 
 // restartOn stops the replica and starts another one on a store with the same objects, as
 // after a change of the configuration.
-func (w *testEnv) restartOn(r *replica, store object.Store) *replica {
+func (w *testEnv) restartOn(r *testReplica, store object.Store) *testReplica {
 	r.stop()
 	w.objects = store
-	return w.start("b", func(o *Options) { o.Stores = map[string]object.Store{"default": store} })
+	return w.start("b", func(o *testOptions) { o.Stores = map[string]object.Store{"default": store} })
 }
 
 // checkOtherLayout checks that the plan of a restore, a restore and a create that verifies
 // name the file and report an ETag of another layout.
 func (w *testEnv) checkOtherLayout(
-	r *replica, s *snapshot.Record, col catalog.Collection, path string, parts ...string,
+	r *testReplica, s *snapshot.Record, col catalog.Collection, path string, parts ...string,
 ) {
 	w.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")

@@ -134,7 +134,7 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 					inEnv(t, func(t *testing.T, w *testEnv) {
 						leader := w.start("leader")
 						settle()
-						r := w.start("r", func(o *Options) { o.RestoreSlots = -1 })
+						r := w.start("r", func(o *testOptions) { o.Parts.Slots = -1 })
 						s := w.create(r, w.richCollection(r, "c", 4), "one")
 						settle()
 						left := times // from here on only the leader reads it
@@ -221,7 +221,7 @@ func (l *falseStore) Copy(ctx context.Context, r object.CopyRequest) (object.Inf
 func TestRestoreVerifiesCopies(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		l := &falseStore{keyPart: "/of-an-engine/"}
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			l.Store = o.Stores["default"]
 			o.Stores = map[string]object.Store{"default": l}
 		})

@@ -23,7 +23,7 @@ import (
 )
 
 // filledCollection creates a collection with n segments and writes their files.
-func (w *testEnv) filledCollection(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) filledCollection(r *testReplica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	col, part, index := w.collection(r, name)
 	for i := range n {
@@ -72,7 +72,7 @@ func tenBytes(path string) []byte {
 // richCollection creates a collection with two partitions, two indexes and n segments of
 // every form, and writes their files: segments in each partition and in none, with builds,
 // with files of every kind, some across the cut (10), with and without registered ETags.
-func (w *testEnv) richCollection(r *replica, name string, n int) catalog.Collection {
+func (w *testEnv) richCollection(r *testReplica, name string, n int) catalog.Collection {
 	w.t.Helper()
 	ctx := w.t.Context()
 	col, p0, x0 := w.collection(r, name)
@@ -154,7 +154,7 @@ func restoreSpecOf(s *snapshot.Record) *RestoreSpec {
 }
 
 // restore starts a restore.
-func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) restore(r *testReplica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	job, err := r.Restore(w.t.Context(), request.Token{}, sp)
 	if err != nil {
@@ -164,7 +164,7 @@ func (w *testEnv) restore(r *replica, sp *RestoreSpec) *copyjob.Job {
 }
 
 // mustRestore repeats a restore with its token until it is answered.
-func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) mustRestore(r *testReplica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	for {
 		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
@@ -181,12 +181,12 @@ func (w *testEnv) mustRestore(r *replica, tok request.Token, sp *RestoreSpec) *c
 }
 
 // waitEnded waits for the end of a job.
-func (w *testEnv) waitEnded(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) waitEnded(r *testReplica, id int64) *copyjob.Status {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
 	defer cancel()
 	var last *copyjob.Status
-	if err := r.jobs.Watch(ctx, id, time.Millisecond, func(s *copyjob.Status) error {
+	if err := r.Jobs.Watch(ctx, id, time.Millisecond, func(s *copyjob.Status) error {
 		last = s
 		return nil
 	}); err != nil {
@@ -227,7 +227,7 @@ func (w *testEnv) jobs() []*copyjob.Job {
 	return list
 }
 
-func dropErr(r *replica, s *snapshot.Record) error {
+func dropErr(r *testReplica, s *snapshot.Record) error {
 	_, err := r.Drop(context.Background(), noToken, Ref{ID: s.ID}, 0)
 	return err
 }
@@ -294,7 +294,7 @@ func (w *testEnv) readObject(key string) []byte {
 }
 
 // mustComplete restores, and checks that the job completes with its whole target.
-func (w *testEnv) mustComplete(r *replica, sp *RestoreSpec) *copyjob.Job {
+func (w *testEnv) mustComplete(r *testReplica, sp *RestoreSpec) *copyjob.Job {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)
@@ -308,7 +308,7 @@ func (w *testEnv) mustComplete(r *replica, sp *RestoreSpec) *copyjob.Job {
 
 // mustFail restores, and checks that the job fails by a reason, with a message that
 // contains names, and leaves nothing.
-func (w *testEnv) mustFail(r *replica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+func (w *testEnv) mustFail(r *testReplica, sp *RestoreSpec, reason, names string) *copyjob.Status {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)

@@ -44,7 +44,7 @@ func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 func TestRestoreOnEtcdAndS3(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
-	r := w.start("a", func(o *Options) {
+	r := w.start("a", func(o *testOptions) {
 		o.Stores, o.KV = map[string]object.Store{"default": through}, smallParts{o.KV}
 	})
 	col := w.richCollection(r, "c", 40)

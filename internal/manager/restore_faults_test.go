@@ -18,7 +18,7 @@ type faultCase struct {
 	kill     bool // the replica dies at the fault; else it continues
 	missing  bool // a file of the snapshot is missing, so the restore fails
 	cancel   bool // the restore is canceled during its copies
-	plan     func(g *killer, r *replica)
+	plan     func(g *killer, r *testReplica)
 }
 
 // run reports whether the fault happened.
@@ -47,7 +47,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		if err == nil && d.cancel {
 			time.Sleep(1500 * time.Millisecond)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			_, _ = a.Jobs().Cancel(ctx, job.ID) // repeated below
+			_, _ = a.Jobs.Cancel(ctx, job.ID) // repeated below
 			cancel()
 		}
 		r := a
@@ -63,7 +63,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		job = w.mustRestore(r, tok, sp)
 		ended := false // before the cancel
 		if d.cancel {
-			if _, err := r.Jobs().Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
+			if _, err := r.Jobs.Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
 				ended = true
 			} else if err != nil {
 				t.Error(err)
@@ -99,7 +99,7 @@ func TestReplicaDiesAtEachWrite(t *testing.T) {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
 			n := forEachFault(t, 200, func(n int) bool {
 				d.kill = true
-				d.plan = func(g *killer, r *replica) { g.failWrite(r, n, fault, true) }
+				d.plan = func(g *killer, r *testReplica) { g.failWrite(r, n, fault, true) }
 				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
 			})
 			t.Logf("%d writes", n)
@@ -116,7 +116,7 @@ func TestRestoreWithFailedWrites(t *testing.T) {
 	for _, d := range []faultCase{{segments: 40}, {segments: 4, missing: true}, {segments: 4, cancel: true}} {
 		for _, fault := range []meta.Fault{meta.Before, meta.After} {
 			forEachFault(t, 200, func(n int) bool {
-				d.plan = func(g *killer, r *replica) { g.failWrite(r, n, fault, false) }
+				d.plan = func(g *killer, r *testReplica) { g.failWrite(r, n, fault, false) }
 				return d.run(t, fmt.Sprintf("write %d, fault %v, %+v", n, fault, d))
 			})
 		}
@@ -131,7 +131,7 @@ func TestRestoreWithFailedRequests(t *testing.T) {
 			for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 				n := forEachFault(t, 400, func(n int) bool {
 					d.kill = kill
-					d.plan = func(g *killer, r *replica) { g.failRequest(r, n, fault, 1, kill) }
+					d.plan = func(g *killer, r *testReplica) { g.failRequest(r, n, fault, 1, kill) }
 					return d.run(t, fmt.Sprintf("request %d, fault %v, %+v", n, fault, d))
 				})
 				t.Logf("%d requests", n)

@@ -30,7 +30,7 @@ func (g *killer) fire(kill bool) {
 
 // failWrite makes the n-th write from now on fail, and kills the replica at it if kill is
 // true.
-func (g *killer) failWrite(r *replica, n int, fault meta.Fault, kill bool) {
+func (g *killer) failWrite(r *testReplica, n int, fault meta.Fault, kill bool) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -58,7 +58,7 @@ func (g *killer) failWrite(r *replica, n int, fault meta.Fault, kill bool) {
 
 // failRequest makes times requests to the object store fail from the n-th on (negative:
 // all), and kills the replica at the first of them if kill is true.
-func (g *killer) failRequest(r *replica, n int, fault object.Fault, times int, kill bool) {
+func (g *killer) failRequest(r *testReplica, n int, fault object.Fault, times int, kill bool) {
 	r.kv.Hook(func(meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -96,7 +96,7 @@ func (g *killer) faults() int {
 }
 
 // clearFaults ends all faults of a replica.
-func (r *replica) clearFaults() {
+func (r *testReplica) clearFaults() {
 	r.kv.Hook(nil)
 	r.store.Plan(nil)
 }
@@ -138,7 +138,7 @@ func forEachFault(t *testing.T, limit int, fn func(n int) bool) int {
 }
 
 // failAllWrites makes all transactions fail from now on.
-func failAllWrites(g *killer, r *replica) {
+func failAllWrites(g *killer, r *testReplica) {
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		g.mu.Lock()
 		defer g.mu.Unlock()

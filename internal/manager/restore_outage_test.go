@@ -36,13 +36,13 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		settle() // until it is prepared
 		down(object.OpCopy, object.OpDelete, object.OpList)
 		time.Sleep(23 * time.Hour)
-		st, err := r.Jobs().Get(t.Context(), job.ID)
+		st, err := r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy || st.Waiting.IsZero() ||
 			time.Since(st.Waiting) < 22*time.Hour || !strings.Contains(st.LastError, "injected fault") {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
 		time.Sleep(time.Hour + 5*time.Minute)
-		st, err = r.Jobs().Get(t.Context(), job.ID)
+		st, err = r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.RollBack ||
 			st.Job.Reason != "STALLED" || !strings.Contains(st.LastError, "injected fault") || !st.Waiting.IsZero() {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
@@ -64,7 +64,7 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		job = w.restore(r, sp)
 		time.Sleep(3 * time.Second)
 		settle()
-		st, err = r.Jobs().Get(t.Context(), job.ID)
+		st, err = r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || st.Job.Phase != copyjob.Copy || st.Retries == 0 ||
 			!strings.Contains(st.LastError, "injected fault") {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
@@ -84,7 +84,7 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 		for _, after := range []int{0, 30} { // copies
 			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
-					r := w.start("a", func(o *Options) { o.CollectorOff = true })
+					r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 					s := w.create(r, w.richCollection(r, "c", 40), "one")
 					copies, began := 0, time.Time{}
 					r.store.Plan(func(c object.Call) object.Fault {
@@ -119,13 +119,13 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 }
 
 // mustFailAfter restores, and checks that the job fails after a time and not before.
-func (w *testEnv) mustFailAfter(r *replica, sp *RestoreSpec, after time.Duration, reason, names string) {
+func (w *testEnv) mustFailAfter(r *testReplica, sp *RestoreSpec, after time.Duration, reason, names string) {
 	w.t.Helper()
 	before := w.contents()
 	job := w.restore(r, sp)
 	time.Sleep(after - time.Second)
 	settle()
-	st, err := r.Jobs().Get(w.t.Context(), job.ID)
+	st, err := r.Jobs.Get(w.t.Context(), job.ID)
 	if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy {
 		w.t.Fatalf("%+v, err = %v", st, err)
 	}
@@ -162,7 +162,7 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 // the other files are no progress.
 func TestRestoreStallsDespiteRepeats(t *testing.T) {
 	inEnv(t, func(_ *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.RestoreStallTimeout = 2 * time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.StallTimeout = 2 * time.Hour })
 		s := w.create(r, w.richCollection(r, "c", 12), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], "/of-an-engine/") {
@@ -195,7 +195,7 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 				time.Sleep(down)
 				r.clearFaults()
 				time.Sleep(5 * time.Minute)
-				end, err := r.Jobs().Get(t.Context(), job.ID)
+				end, err := r.Jobs.Get(t.Context(), job.ID)
 				if err != nil || end.Job.State != copyjob.Completed {
 					t.Fatalf("%+v, err = %v", end, err)
 				}
@@ -221,7 +221,7 @@ func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
 		time.Sleep(time.Minute)
 		r.clearFaults()
 		time.Sleep(5 * time.Minute)
-		end, err := r.Jobs().Get(t.Context(), job.ID)
+		end, err := r.Jobs.Get(t.Context(), job.ID)
 		if err != nil || end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v of %+v, err = %v", end, end.Job, err)
 		}

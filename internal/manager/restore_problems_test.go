@@ -31,7 +31,7 @@ func TestRestoreProblems(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		faults, problems := &namedFaults{}, lasting.New(time.Now)
 		faults.name.Store("restore.worker")
-		r := w.start("a", func(o *Options) {
+		r := w.start("a", func(o *testOptions) {
 			faults.KV = o.KV
 			o.KV, o.Problems = faults, problems
 		})
@@ -68,7 +68,7 @@ func TestRestoreProblems(t *testing.T) {
 		failing("restore assignment", false)
 
 		canceled := restore("canceled")
-		if _, err := r.Jobs().Cancel(t.Context(), canceled.ID); err != nil {
+		if _, err := r.Jobs.Cancel(t.Context(), canceled.ID); err != nil {
 			t.Fatal(err)
 		}
 		w.waitEnded(r, canceled.ID)

@@ -40,9 +40,9 @@ func TestS3RefusesOneCopy(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w, through, proxy := onS3(t)
-			r := w.start("a", func(o *Options) {
+			r := w.start("a", func(o *testOptions) {
 				o.Stores = map[string]object.Store{"default": through}
-				o.RestoreRefusalTimeout, o.CollectorOff = time.Second, true
+				o.Parts.RefusalTimeout, o.Parts.Collector.Off = time.Second, true
 			})
 			s := w.create(r, w.richCollection(r, "c", 40), "one")
 			sp := restoreSpecOf(s)
@@ -71,8 +71,8 @@ func TestS3RefusesOneCopy(t *testing.T) {
 // restore fails at once.
 func TestS3RefusesPermanently(t *testing.T) {
 	w, through, proxy := onS3(t)
-	r := w.start("a", func(o *Options) {
-		o.Stores, o.CollectorOff = map[string]object.Store{"default": through}, true
+	r := w.start("a", func(o *testOptions) {
+		o.Stores, o.Parts.Collector.Off = map[string]object.Store{"default": through}, true
 	})
 	s := w.create(r, w.richCollection(r, "c", 12), "one")
 	for code, c := range map[string]struct {

@@ -21,7 +21,7 @@ import (
 // gets the number of the call, from zero, and the number of copies before it. refused
 // returns the number of refused calls.
 func refuseCalls(
-	r *replica, op object.Op, fault object.Fault, which func(n, copies int) bool,
+	r *testReplica, op object.Op, fault object.Fault, which func(n, copies int) bool,
 ) (refused func() int) {
 	var mu sync.Mutex
 	n, count, copies := 0, 0, 0
@@ -74,7 +74,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				core, logs := observer.New(zapcore.WarnLevel)
-				r := w.start("a", func(o *Options) { o.CollectorOff, o.Log = true, zap.New(core) })
+				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
 				s := w.create(r, w.richCollection(r, "c", 40), "one")
 				settle()
 				var began time.Time
@@ -90,7 +90,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				if c.lasts > 0 {
 					time.Sleep(c.lasts - time.Second)
 					settle()
-					st, err := r.Jobs().Get(t.Context(), job.ID)
+					st, err := r.Jobs.Get(t.Context(), job.ID)
 					if err != nil || st.Job.State != copyjob.Executing || !strings.Contains(st.LastError, "access denied") ||
 						c.counts == st.Refused.IsZero() || !st.Waiting.IsZero() {
 						t.Errorf("%+v of %+v, err = %v", st, st.Job, err)
@@ -104,7 +104,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 					t.Errorf("%d refused, %+v", refused(), end)
 				}
 				shared := c.op == object.OpGet // one read may serve several tasks
-				if n := r.Jobs().Stats().Refusals; c.counts && n == 0 || n > int64(refused()) && !shared {
+				if n := r.Jobs.Stats().Refusals; c.counts && n == 0 || n > int64(refused()) && !shared {
 					t.Errorf("%d refusals are counted, of %d", n, refused())
 				}
 				if n := logs.FilterMessageSnippet(refusalMessage).Len(); c.counts && n != 1 {
@@ -135,10 +135,10 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 		for _, lasts := range []time.Duration{time.Second, 5 * time.Minute, time.Hour} {
 			t.Run(fmt.Sprintf("%s, %v", name, lasts), func(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
-					r := w.start("a", func(o *Options) {
-						o.CollectorOff = true
+					r := w.start("a", func(o *testOptions) {
+						o.Parts.Collector.Off = true
 						if lasts != 5*time.Minute { // which is the default
-							o.RestoreRefusalTimeout = lasts
+							o.Parts.RefusalTimeout = lasts
 						}
 					})
 					s := w.create(r, w.richCollection(r, "c", 40), "one")
@@ -195,7 +195,7 @@ func TestPermanentRefusalFailsAtOnce(t *testing.T) {
 // refuses copies: the time of the refusals continues.
 func TestRestoreRefusedThroughRestarts(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		deny := func(r *replica) {
+		deny := func(r *testReplica) {
 			refuseCalls(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true })
 		}
 		r := w.start("a")
@@ -258,7 +258,7 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 	for _, op := range []object.Op{object.OpHead, object.OpCreate} {
 		t.Run(string(op), func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *Options) { o.CollectorOff = true })
+				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 				col := w.richCollection(r, "c", 40)
 				settle()
 				refused := refuseCalls(r, op, object.FaultDenied, func(n, _ int) bool { return n == 0 || n == 20 })
@@ -285,7 +285,7 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 // references: they do not count as unreadable, and reclaim continues.
 func TestRefusedReferencesAreReadAgain(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *Options) { o.CollectorOff = true })
+		a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col, _, _ := w.collection(a, "c")
 		held := w.segment(a, col, 0, 1, 20)
 		w.addWritten(a, col, held)
@@ -294,17 +294,17 @@ func TestRefusedReferencesAreReadAgain(t *testing.T) {
 		asks := w.dropSegments(a, col, held.ID)
 		a.stop()
 		var refused func() int
-		b := w.start("b", func(o *Options) {
-			o.CollectorOff = true
+		b := w.start("b", func(o *testOptions) {
+			o.Parts.Collector.Off = true
 			store, ok := o.Stores["default"].(*object.Faulty)
 			if !ok {
 				t.Fatalf("the store is a %T", o.Stores["default"])
 			}
-			refused = refuseCalls(&replica{store: store}, object.OpGet, object.FaultDenied,
+			refused = refuseCalls(&testReplica{store: store}, object.OpGet, object.FaultDenied,
 				func(n, _ int) bool { return n < 3 })
 		})
 		began := time.Now()
-		_, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
+		_, err := b.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks, gc.ByCaller, "tester")
 		if err != nil || refused() == 0 {
 			t.Errorf("after %d refusals: %v", refused(), err)
 		}

@@ -23,7 +23,7 @@ import (
 // forgotten, and the target's own files are not.
 func TestStragglers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
 		s := w.create(r, w.richCollection(r, "c", 12), "one")
 		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
 		if job.State != copyjob.Completed {
@@ -81,7 +81,7 @@ func TestStragglers(t *testing.T) {
 		if got := w.keysUnder(keys.JobPrefix); len(got) > 0 {
 			t.Errorf("left %v", got)
 		}
-		if n, _ := r.GC().Counters().Of(gc.ByRestore); n != 2 {
+		if n, _ := r.GC.Counters().Of(gc.ByRestore); n != 2 {
 			t.Errorf("counted %d objects", n)
 		}
 	})
@@ -125,7 +125,7 @@ func TestUploadAfterTheEnd(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				uploads := &uploadStore{Store: w.objects}
 				w.objects = uploads
-				r := w.start("a", func(o *Options) { o.KeepRestores = time.Hour })
+				r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
 				job := w.waitEnded(r, w.restore(r, restoreSpecOf(w.create(r, w.richCollection(r, "c", 4), "one"))).ID).Job
 				time.Sleep(c.after)
 				uploads.mu.Lock()
@@ -154,7 +154,10 @@ func TestUploadAfterTheEnd(t *testing.T) {
 // dropped.
 func TestStragglersOfDroppedTarget(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour; o.CollectTolerance = time.Minute })
+		r := w.start("a", func(o *testOptions) {
+			o.Parts.KeepRestores = 24 * time.Hour
+			o.Parts.Collector.Tolerance = time.Minute
+		})
 		s := w.create(r, w.richCollection(r, "c", 4), "one")
 		before := w.objectsUnder("data/")
 		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
@@ -180,7 +183,7 @@ func TestStragglersOfDroppedTarget(t *testing.T) {
 // others.
 func TestRollBackKeepsForeignFiles(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.KeepRestores = 24 * time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
 		s := w.create(r, w.richCollection(r, "c", 40), "one")
 		before := w.objectsUnder("")
 		r.store.SetLatency(time.Second)
@@ -192,7 +195,7 @@ func TestRollBackKeepsForeignFiles(t *testing.T) {
 			dir + fmt.Sprintf("0/%d/notes", job.FirstSegment),
 		}
 		w.write(foreign...)
-		if _, err := r.Jobs().Cancel(t.Context(), job.ID); err != nil {
+		if _, err := r.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
 		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Canceled {

@@ -18,11 +18,11 @@ import (
 )
 
 // watchProgress polls a job until its end, and checks that no number decreases.
-func (w *testEnv) watchProgress(r *replica, id int64) *copyjob.Status {
+func (w *testEnv) watchProgress(r *testReplica, id int64) *copyjob.Status {
 	w.t.Helper()
 	var last *copyjob.Status
 	for {
-		s, err := r.Jobs().Get(w.t.Context(), id)
+		s, err := r.Jobs.Get(w.t.Context(), id)
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -48,22 +48,22 @@ func (w *testEnv) watchProgress(r *replica, id int64) *copyjob.Status {
 // workers continue with its copies, and the restore completes.
 func TestRestoreWorkerDies(t *testing.T) {
 	for name, c := range map[string]struct {
-		hurt, heal func(r *replica)
+		hurt, heal func(r *testReplica)
 		end        copyjob.State
 	}{
-		"stops":      {func(r *replica) { r.stop() }, func(*replica) {}, copyjob.Completed},
-		"dies":       {func(r *replica) { kill(r) }, func(*replica) {}, copyjob.Completed},
+		"stops":      {func(r *testReplica) { r.stop() }, func(*testReplica) {}, copyjob.Completed},
+		"dies":       {func(r *testReplica) { kill(r) }, func(*testReplica) {}, copyjob.Completed},
 		"freezes":    {freeze, thaw, copyjob.Completed},
-		"loses etcd": {func(r *replica) { r.kv.Freeze() }, thaw, copyjob.Completed},
-		"loses S3":   {func(r *replica) { r.store.Freeze() }, thaw, copyjob.Completed},
+		"loses etcd": {func(r *testReplica) { r.kv.Freeze() }, thaw, copyjob.Completed},
+		"loses S3":   {func(r *testReplica) { r.store.Freeze() }, thaw, copyjob.Completed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				one := func(o *Options) { o.CopyInFlight = 2 }
+				one := func(o *testOptions) { o.Parts.CopyInFlight = 2 }
 				a := w.start("a", one) // leader and worker
 				settle()
 				b := w.start("b", one)
-				c0 := w.start("c", func(o *Options) { o.RestoreSlots = -1 }) // observer
+				c0 := w.start("c", func(o *testOptions) { o.Parts.Slots = -1 }) // observer
 				s := w.create(a, w.richCollection(a, "c", 96), "one")
 				before := w.contents()
 				sp := restoreSpecOf(s)
@@ -92,18 +92,18 @@ func TestRestoreWorkerDies(t *testing.T) {
 	}
 }
 
-func freeze(r *replica) {
+func freeze(r *testReplica) {
 	r.kv.Freeze()
 	r.store.Freeze()
 }
 
-func thaw(r *replica) {
+func thaw(r *testReplica) {
 	r.kv.Thaw()
 	r.store.Thaw()
 }
 
 // kill makes all further calls of r fail.
-func kill(r *replica) {
+func kill(r *testReplica) {
 	g := newKiller()
 	g.failWrite(r, -1, meta.Before, true)
 	g.mu.Lock()
@@ -114,9 +114,9 @@ func kill(r *replica) {
 // TestRestoresShareWorkers checks that several jobs use all replicas.
 func TestRestoresShareWorkers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		var rs []*replica
+		var rs []*testReplica
 		for _, name := range []string{"a", "b", "c"} {
-			r := w.start(name, func(o *Options) { o.RestoreSlots = 2 })
+			r := w.start(name, func(o *testOptions) { o.Parts.Slots = 2 })
 			r.store.SetLatency(100 * time.Millisecond)
 			rs = append(rs, r)
 		}
@@ -153,8 +153,8 @@ func TestRestoresShareWorkers(t *testing.T) {
 // TestRestoreRolling restarts the replicas in turn until the restore completes.
 func TestRestoreRolling(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		few := func(o *Options) { o.CopyInFlight = 1 }
-		rs := []*replica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
+		few := func(o *testOptions) { o.Parts.CopyInFlight = 1 }
+		rs := []*testReplica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
 		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
 		before := w.contents()
 		sp := restoreSpecOf(s)
@@ -185,7 +185,7 @@ func TestRestoreRolling(t *testing.T) {
 // TestRestorePriority checks that the job of the highest priority gets workers first.
 func TestRestorePriority(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.RestoreSlots = 1 })
+		r := w.start("a", func(o *testOptions) { o.Parts.Slots = 1 })
 		s := w.create(r, w.richCollection(r, "c", 140), "one")
 		r.store.SetLatency(100 * time.Millisecond)
 		var jobs []*copyjob.Job
@@ -215,7 +215,7 @@ func TestRestorePriority(t *testing.T) {
 func TestRestoreLimits(t *testing.T) {
 	for _, replicas := range []int{1, 2} {
 		inEnv(t, func(t *testing.T, w *testEnv) {
-			var r *replica
+			var r *testReplica
 			for i := range replicas {
 				r = w.start(fmt.Sprint("r", i))
 			}
@@ -251,22 +251,22 @@ func TestRestoreLimits(t *testing.T) {
 			job := w.restore(r, sp)
 			time.Sleep(10 * time.Second)
 			checkRate(job, 400, time.Minute)
-			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 100}); err != nil {
+			if _, err := r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 100}); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(20 * time.Second)
 			checkRate(job, 100, 2*time.Minute)
-			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 2000}); err != nil {
+			if _, err := r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 2000}); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(5 * time.Second)
 			checkRate(job, 2000, 20*time.Second)
 			// A tiny rate, and then no limit: waiting copies start at once.
-			if _, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1, Requests: 1}); err != nil {
+			if _, err := r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 1, Requests: 1}); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(5 * time.Minute)
-			st, err := r.Jobs().SetLimits(t.Context(), job.ID, copyjob.Limits{})
+			st, err := r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{})
 			if err != nil || st.Job.State != copyjob.Executing {
 				t.Fatalf("%+v, err = %v", st, err)
 			}
@@ -295,7 +295,7 @@ func TestRestoreLimits(t *testing.T) {
 // keeps to the job's limits.
 func TestLimitsBeforeTheJob(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("leader", func(o *Options) { o.RestoreSlots = -1 })
+		r := w.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
 		col, _, _ := w.collection(r, "c")
 		for range 40 {
 			s := w.segment(r, col, 0, 1, 9)
@@ -306,7 +306,7 @@ func TestLimitsBeforeTheJob(t *testing.T) {
 		}
 		w.checkpoint(r, col, 10, 10)
 		s := w.create(r, col, "one")
-		w.start("worker", func(o *Options) { o.KV = &withoutJobs{KV: w.kv} })
+		w.start("worker", func(o *testOptions) { o.KV = &withoutJobs{KV: w.kv} })
 		settle() // it follows jobs, and the leader leads
 		sp := restoreSpecOf(s)
 		sp.Limits = copyjob.Limits{Requests: 10}
@@ -340,7 +340,7 @@ func (w *watchWithoutJobs) Next() (meta.WatchBatch, error) {
 // TestRestoreAfterRestart counts the writes of a new leader that finds many running tasks.
 func TestRestoreAfterRestart(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *Options) { o.RestoreSlots = 64 })
+		a := w.start("a", func(o *testOptions) { o.Parts.Slots = 64 })
 		col, _, _ := w.collection(a, "c")
 		const n = 64 * copyjob.TaskSegments
 		ids, err := a.catalog.AllocateIDs(t.Context(), noToken, n)
@@ -378,7 +378,7 @@ func TestRestoreAfterRestart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := w.start("b", func(o *Options) { o.RestoreSlots = 64 })
+		b := w.start("b", func(o *testOptions) { o.Parts.Slots = 64 })
 		b.store.Freeze()
 		time.Sleep(10 * time.Second)
 		settle()
@@ -467,10 +467,10 @@ func TestRestoreTwoLeaders(t *testing.T) {
 func TestRollBackWithLaggingTable(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		lag := &laggingKV{}
-		a := w.start("a", func(o *Options) {
+		a := w.start("a", func(o *testOptions) {
 			lag.KV = o.KV
 			o.KV = lag
-			o.RestoreSlots = -1
+			o.Parts.Slots = -1
 		})
 		settle()
 		b := w.start("b")
@@ -485,7 +485,7 @@ func TestRollBackWithLaggingTable(t *testing.T) {
 			t.Fatalf("%d tasks are assigned", n)
 		}
 		b.kv.Freeze() // delays the news that the job is given up
-		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
+		if _, err := a.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(3500 * time.Millisecond)
@@ -509,9 +509,9 @@ func TestRollBackWithLaggingTable(t *testing.T) {
 // before its assignments expire, so that no copy follows the roll back.
 func TestRestoreWorkerCutOff(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *Options) { o.RestoreSlots = -1 })
+		a := w.start("a", func(o *testOptions) { o.Parts.Slots = -1 })
 		settle()
-		b := w.start("b", func(o *Options) { o.CopyInFlight = 1 })
+		b := w.start("b", func(o *testOptions) { o.Parts.CopyInFlight = 1 })
 		settle()
 		s := w.create(a, w.richCollection(a, "c", 32), "one")
 		before := w.contents()
@@ -530,7 +530,7 @@ func TestRestoreWorkerCutOff(t *testing.T) {
 		if n := len(w.objectsUnder("")); n != made {
 			t.Errorf("a worker without a lease made %d objects", n-made)
 		}
-		if _, err := a.Jobs().Cancel(t.Context(), job.ID); err != nil {
+		if _, err := a.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
 		if end := w.waitEnded(a, job.ID); end.Job.State != copyjob.Canceled {

@@ -10,28 +10,6 @@ import (
 // Only tests configure that.
 var errNoEpoch = errors.New("this replica keeps no epoch")
 
-// lead runs work until ctx ends or a metadata rollback is detected.
-func (m *Manager) lead(ctx context.Context, work func(ctx context.Context) error) error {
-	if m.o.Epoch == nil {
-		return work(ctx)
-	}
-	return m.o.Epoch.Lead(ctx, work)
-}
-
-// RolledBack returns a text that explains why this cluster allocates and deletes
-// nothing after a rollback of the metadata store, and how to recover. It is empty
-// while no rollback is known.
-func (m *Manager) RolledBack(ctx context.Context) (string, error) {
-	if m.o.Epoch == nil {
-		return "", nil
-	}
-	behind, err := m.o.Epoch.RolledBack(ctx)
-	if err != nil || behind == nil {
-		return "", err
-	}
-	return behind.Error(), nil
-}
-
 // ErrNotReady means that the object store for snapshots has not answered since this
 // replica started. Whether the store is the cluster's, and whether the metadata store
 // was rolled back, is therefore unknown. Nothing was written.

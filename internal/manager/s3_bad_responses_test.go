@@ -22,7 +22,7 @@ import (
 
 // withLarge makes a collection with small files and one that is copied in two parts,
 // and returns its content.
-func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byte) {
+func (w *testEnv) withLarge(r *testReplica) (catalog.Collection, segment.File, []byte) {
 	w.t.Helper()
 	col := w.richCollection(r, "c", 4)
 	large := w.segment(r, col, 0, 1, 9)
@@ -40,9 +40,9 @@ func (w *testEnv) withLarge(r *replica) (catalog.Collection, segment.File, []byt
 }
 
 // throughProxy makes a replica copy large files in parts, one after the other.
-func throughProxy(through object.Store) func(*Options) {
-	return func(o *Options) {
-		o.Stores, o.KV, o.CopyInFlight = map[string]object.Store{"default": through}, smallParts{o.KV}, 1
+func throughProxy(through object.Store) func(*testOptions) {
+	return func(o *testOptions) {
+		o.Stores, o.KV, o.Parts.CopyInFlight = map[string]object.Store{"default": through}, smallParts{o.KV}, 1
 	}
 }
 
@@ -129,7 +129,7 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 func TestWrongHeadResponses(t *testing.T) {
 	w, through, proxy := onPatientS3(t)
 	// A create retries unusable responses until its own timeout.
-	r := w.start("a", throughProxy(through), func(o *Options) { o.CreateTimeout = 5 * time.Second })
+	r := w.start("a", throughProxy(through), func(o *testOptions) { o.CreateTimeout = 5 * time.Second })
 	col, file, content := w.withLarge(r)
 	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
 	respond := func(name string, edit func(a *s3fault.Answer)) {

@@ -45,7 +45,7 @@ func onS3For(t *testing.T, timeout time.Duration) (*testEnv, object.Store, *s3fa
 func TestS3Lifecycle(t *testing.T) {
 	w, through, proxy := onS3(t)
 	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
-	r := w.start("a", func(o *Options) { o.Stores = map[string]object.Store{"default": through} })
+	r := w.start("a", func(o *testOptions) { o.Stores = map[string]object.Store{"default": through} })
 	col, _, _ := w.collection(r, "c")
 	for i := range 20 {
 		s := w.segment(r, col, i%2, 1, 20)
@@ -124,7 +124,7 @@ func TestS3FaultsAtEachRequest(t *testing.T) {
 func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	w, through, proxy := onS3For(t, 300*time.Millisecond)
 	name := fmt.Sprintf("request %d, %d times", skip, times)
-	r := w.start("a", func(o *Options) {
+	r := w.start("a", func(o *testOptions) {
 		o.Stores = map[string]object.Store{"default": through}
 		o.CleanInterval = 500 * time.Millisecond
 		o.CreateTimeout = time.Second // bounds the wait for a store that does not answer

@@ -44,7 +44,7 @@ func TestFileOfTwoSegments(t *testing.T) {
 // collection cannot be registered in another, whose drop would delete it.
 func TestFileOfTwoCollections(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		prod, _, _ := w.collection(r, "prod")
 		clone, _, _ := w.collection(r, "clone")
 		s := w.segment(r, prod, 0, 1, 20)
@@ -109,7 +109,7 @@ func TestFileOfTwoCollections(t *testing.T) {
 // make a file that of another segment.
 func TestEqualNumbers(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		a, _, _ := w.collection(r, "a")
 		b, _, _ := w.collection(r, "b")
 		of := w.segment(r, a, 0, 1, 20)
@@ -138,7 +138,7 @@ func TestEqualNumbers(t *testing.T) {
 // late copy of it may arrive.
 func TestIDsOfARestoreAreTaken(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectorOff = true })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		col := w.richCollection(r, "c", 3)
 		other, _, _ := w.collection(r, "other")
 		job := w.restore(r, restoreSpecOf(w.create(r, col, "one")))

@@ -21,7 +21,7 @@ import (
 // after the drop of the snapshot.
 func TestHeldUnitIsSpilled(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		dropped, lives := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40)
 		dropped.EngineData = bytes.Repeat([]byte{1}, 1000)
@@ -93,7 +93,7 @@ func TestHeldUnitIsSpilled(t *testing.T) {
 // never granted, until the object is written back.
 func TestLostHeldObjectStopsItsUnit(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *Options) { o.CollectTolerance = time.Hour })
+		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 		col, _, _ := w.collection(r, "c")
 		lost := w.segment(r, col, 0, 1, 20)
 		lost.EngineData = bytes.Repeat([]byte{1}, 1000)

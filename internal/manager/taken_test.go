@@ -25,13 +25,13 @@ import (
 // taking is a collection with one segment from which files are removed.
 type taking struct {
 	*testEnv
-	r       *replica
+	r       *testReplica
 	col     catalog.Collection
 	segment segment.Segment
 	n       int
 }
 
-func (w *testEnv) taking(r *replica) *taking {
+func (w *testEnv) taking(r *testReplica) *taking {
 	w.t.Helper()
 	t := &taking{testEnv: w, r: r}
 	t.col, _, _ = w.collection(r, "c")
@@ -62,7 +62,7 @@ func (t *taking) replace() catalog.FilePath {
 // holders returns the snapshots that hold a removed file, newest first.
 func (t *taking) holders(file catalog.FilePath) (ids []int64) {
 	t.t.Helper()
-	answers, err := t.r.GC().Check(t.t.Context(), catalog.Ref{ID: t.col.ID}, []gc.Ask{{File: file}})
+	answers, err := t.r.GC.Check(t.t.Context(), catalog.Ref{ID: t.col.ID}, []gc.Ask{{File: file}})
 	if err != nil || answers[0].State != gc.Dropped || answers[0].Holders != len(answers[0].Snapshots) {
 		t.t.Fatalf("%+v, err = %v", answers, err)
 	}
@@ -107,7 +107,7 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"full": 0, "parked": 3 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				c := w.taking(w.start("a", func(o *Options) { o.CollectTolerance = time.Hour }))
+				c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour }))
 				c.replace() // so that the next removed file is large enough to be spilled
 				old := c.create(c.r, c.col, "old")
 				taken := c.replace()
@@ -143,8 +143,8 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 // were removed holds them, whenever it captured.
 func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
-		b := w.start("b", func(o *Options) { o.CollectorOff = true })
+		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
+		b := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		b.store.Freeze() // after the capture
 		sp := spec(c.col, "slow")
 		sp.NoWait = true
@@ -201,7 +201,7 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				c := w.taking(w.start("a", withEpoch, func(o *Options) { o.CollectorOff = true }))
+				c := w.taking(w.start("a", withEpoch, func(o *testOptions) { o.Parts.Collector.Off = true }))
 				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
 					t.Fatal(err)
 				}
@@ -223,7 +223,7 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 // history in which a snapshot began.
 func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
+		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
 		taken := c.replace()
 		s := c.create(c.r, c.col, "s")
 		labels := map[string]string{"a": "b"}
@@ -243,7 +243,7 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
-				off := func(o *Options) { o.CollectorOff = true }
+				off := func(o *testOptions) { o.Parts.Collector.Off = true }
 				c := w.taking(w.start("before", withEpoch, off))
 				old := c.create(c.r, c.col, "old")
 				taken := c.replace()
@@ -281,7 +281,7 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 // file is rejected after the file was removed and deleted.
 func TestLateRepeatOfAnAddedFile(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *Options) { o.CollectorOff = true }))
+		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
 		f := c.segment.Files[0]
 		f.LogID = 2
 		f.Path = catalog.NativePath(c.col.ID, &c.segment, &f)
@@ -316,7 +316,7 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 // first is complete.
 func TestCreateWithTheIDOfAnother(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		off := func(o *Options) { o.CollectorOff = true }
+		off := func(o *testOptions) { o.Parts.Collector.Off = true }
 		c := w.taking(w.start("a", off))
 		b := w.start("b", off)
 		b.store.Freeze()
@@ -345,7 +345,7 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 // are loaded.
 func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		off := func(o *Options) { o.CollectorOff = true }
+		off := func(o *testOptions) { o.Parts.Collector.Off = true }
 		r := w.start("a", off)
 		col, _, x := w.collection(r, "c")
 		s, other := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40)
@@ -377,13 +377,13 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 		rec.CollectionId, rec.History, rec.BeginRevision = gone, 0, 0
 		w.put(kv.Key, record.Encode(rec))
 
-		frozen := func(o *Options) {
+		frozen := func(o *testOptions) {
 			if store, ok := o.Stores["default"].(*object.Faulty); ok {
 				store.Freeze()
 			}
 		}
 		r = w.start("b", off, frozen)
-		_, err = r.GC().Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[1:], gc.BySnapshotd, "tester")
+		_, err = r.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[1:], gc.BySnapshotd, "tester")
 		wantError(t, err, gc.ErrLoading)
 		r.store.Thaw()
 		settle()

@@ -14,7 +14,7 @@ import (
 )
 
 // atOnce makes n concurrent calls, on the replicas in turn, and returns their results.
-func atOnce[T any](rs []*replica, n int, call func(r *replica) (T, error)) ([]T, []error) {
+func atOnce[T any](rs []*testReplica, n int, call func(r *testReplica) (T, error)) ([]T, []error) {
 	results, errs := make([]T, n), make([]error, n)
 	var group sync.WaitGroup
 	for i := range n {
@@ -31,13 +31,13 @@ func TestOneTokenAtOnce(t *testing.T) {
 	const n = 64
 	inEnv(t, func(t *testing.T, w *testEnv) {
 		ctx := t.Context()
-		rs := []*replica{w.start("a"), w.start("b"), w.start("c")}
+		rs := []*testReplica{w.start("a"), w.start("b"), w.start("c")}
 		col := w.richCollection(rs[0], "c", 4)
 		for _, r := range rs {
 			r.store.SetLatency(100 * time.Millisecond)
 		}
 		tok := token("create", "one")
-		made, errs := atOnce(rs, n, func(r *replica) (*snapshot.Record, error) {
+		made, errs := atOnce(rs, n, func(r *testReplica) (*snapshot.Record, error) {
 			return r.Create(ctx, tok, spec(col, "one"))
 		})
 		for i, s := range made {
@@ -49,7 +49,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 			t.Errorf("one token made %v", list)
 		}
 		_, errs = atOnce(rs, n,
-			func(r *replica) (*snapshot.Record, error) {
+			func(r *testReplica) (*snapshot.Record, error) {
 				return r.Create(ctx, token("create", "two"), spec(col, "two"))
 			})
 		for _, err := range errs {
@@ -58,7 +58,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 
 		// Two different requests with one token: one succeeds, the other is rejected.
 		var asked atomic.Int64
-		won, errs := atOnce(rs, n, func(r *replica) (*snapshot.Record, error) {
+		won, errs := atOnce(rs, n, func(r *testReplica) (*snapshot.Record, error) {
 			name := []string{"x", "y"}[asked.Add(1)%2]
 			return r.Create(ctx, token("either", name), spec(col, name))
 		})
@@ -76,7 +76,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 		sp := restoreSpecOf(made[0])
 		tok.Method, tok.Value = "RestoreSnapshot", "restore"
 		before := w.contents()
-		jobs, errs := atOnce(rs, n, func(r *replica) (*copyjob.Job, error) { return r.Restore(ctx, tok, sp) })
+		jobs, errs := atOnce(rs, n, func(r *testReplica) (*copyjob.Job, error) { return r.Restore(ctx, tok, sp) })
 		for i, job := range jobs {
 			if errs[i] != nil || job.ID != jobs[0].ID {
 				t.Fatalf("call %d: %v, err = %v; the first %v", i, job, errs[i], jobs[0])
@@ -87,7 +87,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 		}
 		w.checkRestored(rs[0], before, w.waitEnded(rs[0], jobs[0].ID).Job, sp)
 		tok.Method, tok.Value = "DropSnapshot", "drop"
-		_, errs = atOnce(rs, n, func(r *replica) (int64, error) { return r.Drop(ctx, tok, Ref{Name: "one"}, 0) })
+		_, errs = atOnce(rs, n, func(r *testReplica) (int64, error) { return r.Drop(ctx, tok, Ref{Name: "one"}, 0) })
 		for _, err := range errs {
 			wantError(t, err, nil)
 		}
@@ -102,7 +102,9 @@ func TestOneTokenAtOnce(t *testing.T) {
 
 		// Allocation of ids.
 		tok.Method, tok.Value = "AllocateIDs", "ids"
-		ids, errs := atOnce(rs, n, func(r *replica) (catalog.IDRange, error) { return r.catalog.AllocateIDs(ctx, tok, 7) })
+		ids, errs := atOnce(rs, n, func(r *testReplica) (catalog.IDRange, error) {
+			return r.catalog.AllocateIDs(ctx, tok, 7)
+		})
 		for i := range ids {
 			if errs[i] != nil || ids[i] != ids[0] {
 				t.Errorf("call %d: %v, err = %v; the first %v", i, ids[i], errs[i], ids[0])

@@ -225,10 +225,11 @@ func TestEveryWriteHasItsPreconditions(t *testing.T) {
 // live executes every operation of a cluster, with and without faults.
 func (w *testEnv) live() {
 	t, ctx := w.t, w.t.Context()
-	change := func(o *Options) {
+	change := func(o *testOptions) {
 		withEpoch(o)
-		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare, o.KeepRestores = time.Hour, 10*time.Minute, 1, time.Hour
-		o.RestoreStallTimeout = 20 * time.Minute
+		o.Parts.Collector.Tolerance, o.Parts.Collector.Interval = time.Hour, 10*time.Minute
+		o.Parts.Collector.MaxShare, o.Parts.KeepRestores = 1, time.Hour
+		o.Parts.StallTimeout = 20 * time.Minute
 		o.Catalog = catalog.New(catalog.Options{
 			KV: o.KV, Now: o.Now, Rand: o.Rand, Requests: o.Requests, RaiseIDs: o.Epoch.RaiseIDLimit,
 			HasStore: func(a string) bool { return a == "default" }, ReadSpilled: catalog.ReadSpilled(o.Stores),
@@ -292,16 +293,16 @@ func (w *testEnv) live() {
 	sp.Limits.Requests = 1000
 	must(second(b.Restore(ctx, token("restore", "restore"), sp)))
 	w.waitEnded(a, w.jobs()[0].ID)
-	for _, r := range []*replica{a, b} {
+	for _, r := range []*testReplica{a, b} {
 		r.store.SetLatency(2 * time.Second)
 	}
 	sp = restoreSpecOf(one)
 	sp.Name = "canceled"
 	job := w.restore(b, sp)
 	w.waitAssigned()
-	_, err = a.Jobs().SetLimits(ctx, job.ID, copyjob.Limits{Requests: 500})
+	_, err = a.Jobs.SetLimits(ctx, job.ID, copyjob.Limits{Requests: 500})
 	must(err)
-	_, err = a.Jobs().Cancel(ctx, job.ID)
+	_, err = a.Jobs.Cancel(ctx, job.ID)
 	must(err)
 	w.waitEnded(a, job.ID)
 	sp.Name = "interrupted"
@@ -311,15 +312,15 @@ func (w *testEnv) live() {
 	time.Sleep(time.Minute)
 	b.kv.Thaw()
 	w.waitEnded(a, job.ID)
-	for _, r := range []*replica{a, b} {
+	for _, r := range []*testReplica{a, b} {
 		r.store.SetLatency(0)
 	}
-	for _, r := range []*replica{a, b} {
+	for _, r := range []*testReplica{a, b} {
 		failCopies(r)
 	}
 	sp.Name = "failed"
 	w.waitEnded(a, w.restore(b, sp).ID)
-	for _, r := range []*replica{a, b} {
+	for _, r := range []*testReplica{a, b} {
 		r.clearFaults()
 	}
 
@@ -337,7 +338,7 @@ func (w *testEnv) live() {
 	free := w.segment(a, col, 0, 100, 110)
 	w.addWritten(a, col, free)
 	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
-	must(second(b.GC().Confirm(ctx, ref, []int64{tombs[0].ID})))
+	must(second(b.GC.Confirm(ctx, ref, []int64{tombs[0].ID})))
 	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // with a lease that outlasts its expiry
 		meta.Put(keys.RequestPrefix+"m/old",
 			record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
@@ -351,7 +352,7 @@ func (w *testEnv) live() {
 	time.Sleep(4 * time.Hour)
 	settle()
 	if left := w.keysUnder(keys.CollectionPrefix); len(left) > 0 {
-		t.Errorf("left: %v; the last round: %+v", left, a.Collector().LastCycle())
+		t.Errorf("left: %v; the last round: %+v", left, a.Collector.LastCycle())
 	}
 }
 

@@ -50,7 +50,7 @@ func (w *testEnv) withoutReferences(s *snapshot.Record) {
 // requested collection is read first.
 func TestReadsOfAStart(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *Options) { o.CollectorOff = true })
+		a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
 		many, _, _ := w.collection(a, "many")
 		few, _, _ := w.collection(a, "few")
 		held := w.segment(a, few, 0, 1, 20)
@@ -69,8 +69,8 @@ func TestReadsOfAStart(t *testing.T) {
 
 		var mu sync.Mutex
 		reads := map[bool]int{}
-		b := w.start("b", func(o *Options) {
-			o.CollectorOff = true
+		b := w.start("b", func(o *testOptions) {
+			o.Parts.Collector.Off = true
 			store, ok := o.Stores["default"].(*object.Faulty)
 			if !ok {
 				t.Fatalf("the store is a %T", o.Stores["default"])
@@ -86,7 +86,7 @@ func TestReadsOfAStart(t *testing.T) {
 			})
 		})
 		began := time.Now()
-		if _, err := b.GC().Reclaim(t.Context(), catalog.Ref{ID: few.ID}, asks, gc.ByCaller, "tester"); err != nil {
+		if _, err := b.GC.Reclaim(t.Context(), catalog.Ref{ID: few.ID}, asks, gc.ByCaller, "tester"); err != nil {
 			t.Fatal(err)
 		}
 		if took := time.Since(began); took > 4*time.Second {
@@ -104,8 +104,9 @@ func TestReadsOfAStart(t *testing.T) {
 
 func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	t, ctx := w.t, w.t.Context()
-	often := func(o *Options) {
-		o.CollectTolerance, o.CollectInterval, o.CollectMaxShare = time.Hour, 10*time.Minute, 1
+	often := func(o *testOptions) {
+		o.Parts.Collector.Tolerance, o.Parts.Collector.Interval = time.Hour, 10*time.Minute
+		o.Parts.Collector.MaxShare = 1
 	}
 	a := w.start("a", often)
 	col, _, _ := w.collection(a, "c")
@@ -142,7 +143,7 @@ func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	asks := w.dropSegments(b, col, held.ID, free.ID)
 	w.dropSegments(b, other, elsewhere.ID)
 	for _, deleter := range []gc.Deleter{gc.ByCaller, gc.BySnapshotd} {
-		_, err := b.GC().Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, deleter, "tester")
+		_, err := b.GC.Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, deleter, "tester")
 		wantError(t, err, gc.ErrUnreadable)
 	}
 	time.Sleep(2 * time.Hour)
@@ -150,7 +151,7 @@ func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 	w.drops(b, col)
 	time.Sleep(3 * time.Hour)
 	settle()
-	if st := b.GC().Stats(); st.Unreadable != 1 {
+	if st := b.GC.Stats(); st.Unreadable != 1 {
 		t.Errorf("it is not counted: %+v", st)
 	}
 	if got := w.objectsUnder(prefix); len(got) != 3 {

@@ -27,7 +27,7 @@ import (
 type kept struct {
 	t         *testing.T
 	w         *testEnv
-	r         *replica
+	r         *testReplica
 	col       catalog.Collection
 	index     int64
 	live      map[int64]segment.Segment
@@ -264,7 +264,7 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		w := &testEnv{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
-		r := w.start("a", func(o *Options) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
+		r := w.start("a", func(o *testOptions) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
 		col, _, x := w.collection(r, "c")
 		w.checkpoint(r, col, 100, 100)
 		k := &kept{

@@ -230,13 +230,6 @@ func (v *view) list(f *Filter, after Place, limit int) (list []*snapshot.Record,
 	return list, false
 }
 
-// has reports whether the view has a snapshot.
-func (v *view) has(id int64) bool {
-	v.mu.RLock()
-	defer v.mu.RUnlock()
-	return v.byID[id] != nil
-}
-
 // count returns the number of snapshots by state, of unreadable records, and of
 // pins.
 func (v *view) count() (states map[snapshot.State]int, unreadable, pins int) {

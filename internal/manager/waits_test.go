@@ -18,7 +18,7 @@ import (
 const manyWaiting = 500
 
 // countWatches counts the watches that a replica opens from now on.
-func countWatches(r *replica) *atomic.Int64 {
+func countWatches(r *testReplica) *atomic.Int64 {
 	var n atomic.Int64
 	r.kv.Hook(func(c meta.Call) meta.Fault {
 		if c.Method == meta.MethodWatch {
@@ -57,7 +57,7 @@ func all(t *testing.T, ended chan error, n int, want error) {
 }
 
 // checkNoWaiters checks that no call is left in the replica's topics.
-func checkNoWaiters(t *testing.T, r *replica) {
+func checkNoWaiters(t *testing.T, r *testReplica) {
 	t.Helper()
 	for _, of := range []*topics{r.checkpoints.topics, r.view.pending} {
 		of.mu.Lock()
@@ -128,7 +128,7 @@ func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 				settle()
 				b := w.start("b")
 				settle()
-				create := func(r *replica) error {
+				create := func(r *testReplica) error {
 					_, err := r.Create(t.Context(), token("t", "x"), spec(col, "x"))
 					return err
 				}

@@ -11,7 +11,9 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog/inspect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
+	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 )
 
 // admin implements the AdminService.
@@ -28,7 +30,7 @@ type admin struct {
 }
 
 func (s *admin) GetServerInfo(ctx context.Context, _ *pb.GetServerInfoRequest) (*pb.GetServerInfoResponse, error) {
-	leader, err := s.manager.Leader(ctx)
+	leader, err := election.Leader(ctx, s.kv, keys.Leader)
 	if err != nil {
 		return nil, err
 	}

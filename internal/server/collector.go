@@ -58,6 +58,8 @@ func (b *batcher[T]) flush() error {
 type collectors struct {
 	pb.UnimplementedCollectorServiceServer
 	manager       *manager.Manager
+	gc            *gc.GC
+	collector     *collect.Collector
 	snapshotStore string // alias
 }
 
@@ -88,7 +90,7 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 		err = flushErr
 	}
 	if err == nil && req.GetWait() && !req.GetDryRun() {
-		err = s.manager.AwaitDeleted(ctx, o.Collection, sum.End)
+		err = s.gc.AwaitDeleted(ctx, o.Collection, sum.End)
 	}
 	if err != nil {
 		return err
@@ -99,7 +101,7 @@ func (s *collectors) Collect(req *pb.CollectRequest, stream grpc.ServerStreaming
 func (s *collectors) GetCollectorStatus(
 	ctx context.Context, _ *pb.GetCollectorStatusRequest,
 ) (*pb.GetCollectorStatusResponse, error) {
-	now, err := s.manager.CollectorStatus(ctx)
+	now, err := s.collector.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +122,7 @@ func (s *collectors) GetCollectorStatus(
 func (s *collectors) ExplainObject(
 	ctx context.Context, req *pb.ExplainObjectRequest,
 ) (*pb.ExplainObjectResponse, error) {
-	e, err := s.manager.Collector().Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
+	e, err := s.collector.Explain(ctx, cmp.Or(req.GetStore(), s.snapshotStore), req.GetKey())
 	switch {
 	case errors.Is(err, object.ErrInvalidKey):
 		return nil, &catalog.InvalidError{Field: "key", Problem: "is not a valid key of the store"}
@@ -163,7 +165,7 @@ func (s *collectors) DeleteOrphans(
 func (s *collectors) orphans(ctx context.Context, o collect.OrphanOptions, send func([]*pb.Orphan) error) error {
 	list := batcher[*pb.Orphan]{send: send}
 	o.Report = func(x collect.Orphan) error { return list.add(orphanToProto(&x)) }
-	err := s.manager.Collector().Orphans(ctx, o)
+	err := s.collector.Orphans(ctx, o)
 	if flushErr := list.flush(); err == nil {
 		err = flushErr
 	}

@@ -27,6 +27,7 @@ import (
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/server"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -94,15 +95,20 @@ func newEnv(t *testing.T, aliases ...string) *testEnv {
 		HasStore:    func(alias string) bool { return objects[alias] != nil },
 		ReadSpilled: catalog.ReadSpilled(objects),
 	})
-	m, err := manager.New(manager.Options{
-		KV: env.kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: history,
-		Replica: "r1", Release: "test", Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
-	})
+	r, err := replica.New(replica.Options{Shared: replica.Shared{
+		KV: env.kv, Catalog: cat, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: history,
+		Replica: "r1", Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
+	m := manager.New(manager.Options{
+		Shared: r.Shared, Snapshots: r.Snapshots, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
+		Cluster: c, Release: "test",
+	})
 	env.server, err = server.New(server.Options{
-		Manager: m, Catalog: cat, Cluster: c, KV: env.kv, Log: log, Registry: env.registry,
+		Manager: m, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
+		Catalog: cat, Cluster: c, KV: env.kv, Log: log, Registry: env.registry,
 		Version: "v1", Replica: "r1", Stores: append([]string{"default"}, aliases...), SnapshotStore: "default",
 	})
 	if err != nil {
@@ -112,12 +118,12 @@ func newEnv(t *testing.T, aliases ...string) *testEnv {
 	ran, served := make(chan error, 1), make(chan error, 1)
 	l := bufconn.Listen(1 << 20)
 	env.listener = l
-	go func() { ran <- m.Run(ctx) }()
+	go func() { ran <- r.Run(ctx, m) }()
 	clockWritten := func() bool {
 		_, found, _, err := env.kv.Get(ctx, keys.Clock)
 		return found || err != nil
 	}
-	for m.Jobs().Stats().Workers == 0 || !clockWritten() { // the writes of the start
+	for r.Jobs.Stats().Workers == 0 || !clockWritten() { // the writes of the start
 		runtime.Gosched()
 	}
 	go func() { served <- env.server.Serve(l) }()

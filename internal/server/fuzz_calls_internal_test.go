@@ -27,6 +27,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/catalog/inspect"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -186,15 +187,19 @@ func newCaller(t *testing.T, s *Server) *caller {
 		KV: kv, Now: time.Now, Rand: locked, Requests: requests, RaiseIDs: age.RaiseIDLimit,
 		HasStore: func(alias string) bool { return objects[alias] != nil }, ReadSpilled: catalog.ReadSpilled(objects),
 	})
-	m, err := manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: c, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: age,
-		Replica: "r1", Release: "test", Now: time.Now, Rand: locked, Log: zap.NewNop(),
-	})
+	r, err := replica.New(replica.Options{Shared: replica.Shared{
+		KV: kv, Catalog: cat, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: age,
+		Replica: "r1", Now: time.Now, Rand: locked, Log: zap.NewNop(),
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
+	m := manager.New(manager.Options{
+		Shared: r.Shared, Snapshots: r.Snapshots, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
+		Cluster: c, Release: "test",
+	})
 	ran := make(chan error, 1)
-	go func() { ran <- m.Run(ctx) }()
+	go func() { ran <- r.Run(ctx, m) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ran; err != nil {
@@ -207,14 +212,16 @@ func newCaller(t *testing.T, s *Server) *caller {
 	return &caller{
 		t: t, server: s, kv: kv, store: store,
 		impl: map[string]any{
-			pb.SnapshotService_ServiceDesc.ServiceName: &snapshots{manager: m, tokens: tokens},
+			pb.SnapshotService_ServiceDesc.ServiceName: &snapshots{manager: m, jobs: r.Jobs, tokens: tokens},
 			pb.CatalogService_ServiceDesc.ServiceName: &catalogs{
 				catalog: cat, tokens: tokens,
 				exports: make(slots, maxExports),
 			},
-			pb.EventService_ServiceDesc.ServiceName:     &events{manager: m, catalog: cat, tokens: tokens},
-			pb.ReclaimService_ServiceDesc.ServiceName:   &reclaims{manager: m, catalog: cat, tokens: tokens},
-			pb.CollectorService_ServiceDesc.ServiceName: &collectors{manager: m, snapshotStore: "default"},
+			pb.EventService_ServiceDesc.ServiceName:   &events{manager: m, catalog: cat, tokens: tokens},
+			pb.ReclaimService_ServiceDesc.ServiceName: &reclaims{manager: m, gc: r.GC, catalog: cat, tokens: tokens},
+			pb.CollectorService_ServiceDesc.ServiceName: &collectors{
+				manager: m, gc: r.GC, collector: r.Collector, snapshotStore: "default",
+			},
 			pb.AdminService_ServiceDesc.ServiceName: &admin{
 				manager: m, cluster: c, kv: kv, version: "v1", replica: "r1", stores: []string{"default"}, snapshotStore: "default",
 			},

@@ -20,6 +20,7 @@ const maxHolderPins = 8
 type reclaims struct {
 	pb.UnimplementedReclaimServiceServer
 	manager *manager.Manager
+	gc      *gc.GC
 	catalog *catalog.Catalog
 	tokens  pageTokenCodec
 }
@@ -31,7 +32,7 @@ func (s *reclaims) CheckReferences(
 	if err != nil {
 		return nil, err
 	}
-	answers, err := s.manager.GC().Check(ctx, catalog.Ref{ID: collection}, convert(req.GetUnits(), unitFromProto))
+	answers, err := s.gc.Check(ctx, catalog.Ref{ID: collection}, convert(req.GetUnits(), unitFromProto))
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +58,7 @@ func (s *reclaims) Reclaim(ctx context.Context, req *pb.ReclaimRequest) (*pb.Rec
 	if req.GetDeleter() == pb.Deleter_DELETER_CALLER {
 		deleter = gc.ByCaller
 	}
-	answers, err := s.manager.GC().Reclaim(ctx, collectionRef(req.GetCollection()), convert(req.GetUnits(), unitFromProto),
+	answers, err := s.gc.Reclaim(ctx, collectionRef(req.GetCollection()), convert(req.GetUnits(), unitFromProto),
 		deleter, callOf(ctx).principal)
 	if err != nil {
 		return nil, err
@@ -87,7 +88,7 @@ func (s *reclaims) Reclaim(ctx context.Context, req *pb.ReclaimRequest) (*pb.Rec
 func (s *reclaims) ConfirmReclaimed(
 	ctx context.Context, req *pb.ConfirmReclaimedRequest,
 ) (*pb.ConfirmReclaimedResponse, error) {
-	answers, err := s.manager.GC().Confirm(ctx, collectionRef(req.GetCollection()), req.GetTombstoneIds())
+	answers, err := s.gc.Confirm(ctx, collectionRef(req.GetCollection()), req.GetTombstoneIds())
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +115,7 @@ func (s *reclaims) ListTombstones(
 			return nil, err
 		}
 	}
-	list, more, err := s.manager.GC().List(ctx, collection, deleters[req.GetDeleter()], afterCollection, after,
+	list, more, err := s.gc.List(ctx, collection, deleters[req.GetDeleter()], afterCollection, after,
 		pageSize(req.GetPageSize()))
 	if err != nil {
 		return nil, err

@@ -50,7 +50,7 @@ func (s *snapshots) RestoreSnapshot(
 func (s *snapshots) GetRestoreState(
 	ctx context.Context, req *pb.GetRestoreStateRequest,
 ) (*pb.GetRestoreStateResponse, error) {
-	job, err := s.manager.Jobs().Get(ctx, req.GetJobId())
+	job, err := s.jobs.Get(ctx, req.GetJobId())
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
 	}
@@ -70,7 +70,7 @@ func (s *snapshots) WatchRestore(
 	req *pb.WatchRestoreRequest, stream grpc.ServerStreamingServer[pb.WatchRestoreResponse],
 ) error {
 	ctx := stream.Context()
-	err := s.manager.Jobs().Watch(ctx, req.GetJobId(), watchEvery, func(job *copyjob.Status) error {
+	err := s.jobs.Watch(ctx, req.GetJobId(), watchEvery, func(job *copyjob.Status) error {
 		return stream.Send(&pb.WatchRestoreResponse{Job: jobStatusToProto(job)})
 	})
 	return s.noJob(ctx, req.GetJobId(), err)
@@ -85,7 +85,7 @@ func (s *snapshots) ListRestoreJobs(
 	if token := req.GetPageToken(); token != "" && !s.tokens.open(token, method, filters, &after) {
 		return nil, errPageToken
 	}
-	list, more, err := s.manager.Jobs().List(ctx, copyjob.Filter{
+	list, more, err := s.jobs.List(ctx, copyjob.Filter{
 		Snapshot: req.GetSnapshotId(), DB: req.GetDb(), Labels: req.GetLabels(),
 		States: convert(req.GetStates(), func(state pb.RestoreJob_State) copyjob.State { return copyjob.State(state) }),
 	}, after, pageSize(req.GetPageSize()))
@@ -110,7 +110,7 @@ func (s *snapshots) ListRestoreJobs(
 func (s *snapshots) UpdateRestore(
 	ctx context.Context, req *pb.UpdateRestoreRequest,
 ) (*pb.UpdateRestoreResponse, error) {
-	job, err := s.manager.Jobs().SetLimits(ctx, req.GetJobId(), limitsFromProto(req.GetLimits()))
+	job, err := s.jobs.SetLimits(ctx, req.GetJobId(), limitsFromProto(req.GetLimits()))
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
 	}
@@ -120,7 +120,7 @@ func (s *snapshots) UpdateRestore(
 func (s *snapshots) CancelRestore(
 	ctx context.Context, req *pb.CancelRestoreRequest,
 ) (*pb.CancelRestoreResponse, error) {
-	job, err := s.manager.Jobs().Cancel(ctx, req.GetJobId())
+	job, err := s.jobs.Cancel(ctx, req.GetJobId())
 	if err != nil {
 		return nil, s.noJob(ctx, req.GetJobId(), err)
 	}

@@ -32,6 +32,9 @@ import (
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
+	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
@@ -58,11 +61,14 @@ const (
 
 // Options configures a Server. The zero value of a field means its default.
 type Options struct {
-	Manager *manager.Manager
-	Catalog *catalog.Catalog
-	Cluster cluster.Cluster
-	KV      meta.KV // of GetKey
-	Log     *zap.Logger
+	Manager   *manager.Manager
+	GC        *gc.GC
+	Collector *collect.Collector
+	Jobs      *copyjob.Jobs
+	Catalog   *catalog.Catalog
+	Cluster   cluster.Cluster
+	KV        meta.KV // of GetKey
+	Log       *zap.Logger
 	// Registry gets the metrics of calls. Default: none.
 	Registry *prometheus.Registry
 	// TLS secures the connections. Default: plaintext.
@@ -129,12 +135,14 @@ func New(o Options) (*Server, error) {
 	s.grpc = grpc.NewServer(opts...)
 
 	tokens := pageTokenCodec{o.Cluster.TokenKey}
-	pb.RegisterSnapshotServiceServer(s.grpc, &snapshots{manager: o.Manager, tokens: tokens})
+	pb.RegisterSnapshotServiceServer(s.grpc, &snapshots{manager: o.Manager, jobs: o.Jobs, tokens: tokens})
 	pb.RegisterCatalogServiceServer(s.grpc,
 		&catalogs{catalog: o.Catalog, tokens: tokens, exports: make(slots, maxExports)})
 	pb.RegisterEventServiceServer(s.grpc, &events{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
-	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, catalog: o.Catalog, tokens: tokens})
-	pb.RegisterCollectorServiceServer(s.grpc, &collectors{manager: o.Manager, snapshotStore: o.SnapshotStore})
+	pb.RegisterReclaimServiceServer(s.grpc, &reclaims{manager: o.Manager, gc: o.GC, catalog: o.Catalog, tokens: tokens})
+	pb.RegisterCollectorServiceServer(s.grpc, &collectors{
+		manager: o.Manager, gc: o.GC, collector: o.Collector, snapshotStore: o.SnapshotStore,
+	})
 	pb.RegisterAdminServiceServer(s.grpc, &admin{
 		manager: o.Manager, cluster: o.Cluster, kv: o.KV, tokens: tokens,
 		version: o.Version, replica: o.Replica, stores: o.Stores, snapshotStore: o.SnapshotStore,

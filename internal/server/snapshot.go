@@ -6,6 +6,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	pb "github.com/snapshotd/snapshotd/api/gen/snapshotd/v1"
+	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/manager"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 )
@@ -14,6 +15,7 @@ import (
 type snapshots struct {
 	pb.UnimplementedSnapshotServiceServer
 	manager *manager.Manager
+	jobs    *copyjob.Jobs
 	tokens  pageTokenCodec
 }
 

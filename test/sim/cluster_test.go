@@ -10,7 +10,9 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	trusted "github.com/snapshotd/snapshotd/internal/store/clock"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -21,6 +23,7 @@ import (
 type member struct {
 	index, life int
 	*manager.Manager
+	parts  *replica.Replica
 	cat    *catalog.Catalog
 	engine bool // it is no replica: what writes the collections, and deletes what it was granted
 	dead   bool // under gate.mu; nothing that it does has an effect
@@ -63,18 +66,29 @@ func (s *seeded) Read(p []byte) (int, error) {
 
 // options are those of a replica in the run; at leisure when many hours are to
 // pass.
-func (s *sim) options(leisure bool) manager.Options {
-	o := manager.Options{
-		Cluster: s.cluster, SnapshotStore: "default", Release: "sim", Now: time.Now, Log: zap.NewNop(),
-		MaxCreates: 3, RestoreSlots: 2, CopyInFlight: 3,
-		CollectTolerance: 2 * time.Minute, OrphanGrace: s.profile.grace, SweepInterval: 10 * time.Minute,
-		KeepRestores:    time.Hour + time.Second + 2*s.profile.clocks, // so that no clock makes it an hour or less
-		CollectMaxShare: s.profile.share,
+func (s *sim) options(leisure bool) replica.Options {
+	o := replica.Options{
+		Shared: replica.Shared{SnapshotStore: "default", Now: time.Now, Log: zap.NewNop()},
+		Slots:  2, CopyInFlight: 3,
+		KeepRestores: time.Hour + time.Second + 2*s.profile.clocks, // so that no clock makes it an hour or less
+		Collector: collect.Options{
+			Tolerance: 2 * time.Minute, OrphanGrace: s.profile.grace, SweepInterval: 10 * time.Minute,
+			MaxShare: s.profile.share,
+		},
 	}
 	if leisure {
-		o.LeaderTTL, o.CleanInterval, o.CollectInterval = 10*time.Minute, 10*time.Minute, 10*time.Minute
+		o.LeaderTTL, o.Interval, o.Collector.Interval = 10*time.Minute, 10*time.Minute, 10*time.Minute
 	}
 	return o
+}
+
+// manager makes the manager of a replica.
+func (s *sim) manager(r *replica.Replica, interval time.Duration) *manager.Manager {
+	return manager.New(manager.Options{
+		Shared: r.Shared, Snapshots: r.Snapshots, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
+		Cluster: s.cluster, Release: "sim",
+		CleanInterval: interval, MaxCreates: 3,
+	})
 }
 
 // start begins a life of a replica.
@@ -122,15 +136,16 @@ func (s *sim) start(index int, leisure bool) *member {
 	o.KV, o.Catalog, o.Stores, o.Requests, o.Epoch = kv, m.cat, stores, requests, ep
 	o.Replica, o.Rand, o.Jitter, o.Now, o.Clock = fmt.Sprint("r", index), random, spread, m.clock.now, tr
 	var err error
-	m.Manager, err = manager.New(o)
+	m.parts, err = replica.New(o)
 	s.must(err)
+	m.Manager = s.manager(m.parts, o.Interval)
 	ctx, cancel := context.WithCancel(never)
 	m.stop = cancel
 	s.members[index] = m
 	s.all = append(s.all, m)
 	go func() {
 		defer close(m.ended)
-		m.err = m.Run(ctx)
+		m.err = m.parts.Run(ctx, m.Manager)
 	}()
 	return m
 }

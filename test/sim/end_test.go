@@ -62,7 +62,7 @@ func (s *sim) finish() {
 	if !s.until(8*time.Hour, func() bool { return s.oracle.nothingLeft() == "" }) {
 		s.wrong("all is dropped, and there is left:\n%s", s.oracle.nothingLeft())
 	}
-	st := last.GC().Stats()
+	st := last.parts.GC.Stats()
 	if st.Snapshots+st.Loading+st.Unreadable+st.Segments+st.Builds+st.Granted+st.Unconfirmed != 0 {
 		s.wrong("all is gone, and there is %+v", st)
 	}
@@ -129,7 +129,7 @@ func (s *sim) dropAll() {
 				for i := range live {
 					asks[i].Segment = live[i]
 				}
-				if _, err := m.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "caller"); err != nil {
+				if _, err := m.parts.GC.Reclaim(ctx, ref, asks, gc.BySnapshotd, "caller"); err != nil {
 					return err
 				}
 			}

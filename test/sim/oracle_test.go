@@ -18,6 +18,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/snapshot"
 	"github.com/snapshotd/snapshotd/internal/store/epoch"
@@ -197,9 +198,9 @@ func newOracle(s *sim) *oracle {
 	)
 	mo := s.options(false)
 	mo.KV, mo.Catalog, mo.Stores, mo.Rand = s.kv, o.cat, stores, random
-	var err error
-	o.reader, err = manager.New(mo)
+	r, err := replica.New(mo)
 	s.must(err)
+	o.reader = s.manager(r, 0)
 	return o
 }
 

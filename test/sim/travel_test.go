@@ -251,7 +251,7 @@ func (s *sim) forbidden(m *member, collection, snapshot int64) {
 			for id := range int64(150) {
 				asks = append(asks, gc.Ask{Segment: id + 1})
 			}
-			_, err := m.GC().Reclaim(ctx, ref, asks[:100], gc.BySnapshotd, "caller")
+			_, err := m.parts.GC.Reclaim(ctx, ref, asks[:100], gc.BySnapshotd, "caller")
 			return answer(err, "answered"), nil
 		})
 	case 3:
@@ -261,7 +261,7 @@ func (s *sim) forbidden(m *member, collection, snapshot int64) {
 		})
 	case 4:
 		w.call(m, "sweep", func(ctx context.Context) (string, func()) {
-			sum, err := m.Collector().Sweep(ctx, collect.SweepOptions{})
+			sum, err := m.parts.Collector.Sweep(ctx, collect.SweepOptions{})
 			return answer(err, "%d deleted", sum.Deleted), nil
 		})
 	case 5:

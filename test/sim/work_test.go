@@ -480,7 +480,7 @@ func (w *work) begin() {
 		})
 	case "sweep":
 		w.call(m, "sweep", func(ctx context.Context) (string, func()) {
-			sum, err := m.Collector().Sweep(ctx, collect.SweepOptions{})
+			sum, err := m.parts.Collector.Sweep(ctx, collect.SweepOptions{})
 			return answer(err, "%d of %d deleted", sum.Deleted, sum.Objects), nil
 		})
 	case "list":
@@ -664,7 +664,7 @@ func (w *work) write(chore string, m *member, c *collection) {
 					return say(err)
 				}
 				asks := []gc.Ask{{Segment: id}}
-				answers, err := m.GC().Reclaim(ctx, ref, asks, gc.BySnapshotd, "caller")
+				answers, err := m.parts.GC.Reclaim(ctx, ref, asks, gc.BySnapshotd, "caller")
 				return answer(err, "%v", states(answers)), func() { w.reclaimed(c, asks, answers) }
 			})
 		}
@@ -969,7 +969,7 @@ func (w *work) reclaim(m *member) {
 		m,
 		fmt.Sprintf("reclaim %d units of %d by %d", len(asks), id, deleter),
 		func(ctx context.Context) (string, func()) {
-			answers, err := m.GC().Reclaim(ctx, catalog.Ref{ID: id}, asks, deleter, "caller")
+			answers, err := m.parts.GC.Reclaim(ctx, catalog.Ref{ID: id}, asks, deleter, "caller")
 			return answer(err, "%v", states(answers)), func() { w.reclaimed(c, asks, answers) }
 		},
 	)
@@ -1034,7 +1034,7 @@ func (w *work) confirm(m *member) {
 				if err := w.store.Delete(ctx, files...); err != nil || dies {
 					return answer(err, "dead"), nil
 				}
-				_, err := m.GC().Confirm(ctx, catalog.Ref{ID: id}, list)
+				_, err := m.parts.GC.Confirm(ctx, catalog.Ref{ID: id}, list)
 				return answer(err, "confirmed"), nil
 			},
 		)
@@ -1070,7 +1070,7 @@ func (w *work) cancel(m *member) {
 	}
 	if id, ok := pick(w.s, open); ok {
 		w.call(m, fmt.Sprint("cancel job ", id), func(ctx context.Context) (string, func()) {
-			_, err := m.Jobs().Cancel(ctx, id)
+			_, err := m.parts.Jobs.Cancel(ctx, id)
 			return answer(err, "canceled"), func() {
 				if job := w.s.oracle.jobs[id]; err == nil &&
 					(job.State == copyjob.Completed || job.Phase != copyjob.RollBack && !job.State.Ended()) {

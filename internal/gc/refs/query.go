@@ -87,6 +87,13 @@ func (x *Index) Known(id int64) error {
 	return x.checkComplete(id)
 }
 
+// Has reports whether a committed snapshot is known.
+func (x *Index) Has(snapshot int64) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.snapshots[snapshot] != nil
+}
+
 // asLoadingErr turns the end of LoadWait into ErrLoading.
 func asLoadingErr(ctx context.Context, err error) error {
 	if errors.Is(context.Cause(ctx), context.DeadlineExceeded) && !errors.Is(err, ErrLoading) {

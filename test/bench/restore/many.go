@@ -25,6 +25,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/copyjob"
 	"github.com/snapshotd/snapshotd/internal/manager"
+	"github.com/snapshotd/snapshotd/internal/replica"
 	"github.com/snapshotd/snapshotd/internal/segment"
 	"github.com/snapshotd/snapshotd/internal/store/cluster"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
@@ -258,16 +259,20 @@ func manyChild(ctx context.Context, endpoint, bits string, in io.Reader, out io.
 		Requests: requests,
 		HasStore: func(name string) bool { return name == alias },
 	})
-	m, err := manager.New(manager.Options{
-		KV: kv, Catalog: cat, Cluster: info, Stores: stores, SnapshotStore: alias, Requests: requests,
-		Replica: fmt.Sprintf("many-%d", os.Getpid()), Release: "bench", Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
-	})
+	r, err := replica.New(replica.Options{Shared: replica.Shared{
+		KV: kv, Catalog: cat, Stores: stores, SnapshotStore: alias, Requests: requests,
+		Replica: fmt.Sprintf("many-%d", os.Getpid()), Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
+	}})
 	if err != nil {
 		return err
 	}
+	m := manager.New(manager.Options{
+		Shared: r.Shared, Snapshots: r.Snapshots, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
+		Cluster: info, Release: "bench",
+	})
 	ctx, cancel := context.WithCancel(ctx)
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return m.Run(ctx) })
+	group.Go(func() error { return r.Run(ctx, m) })
 	group.Go(func() error {
 		defer cancel()
 		d := &many{kv: kv, catalog: cat, manager: m, store: store}

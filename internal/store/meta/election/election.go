@@ -317,3 +317,12 @@ func (e *Election) watchKey(ctx context.Context, term Term, lose context.CancelC
 		}
 	}
 }
+
+// Leader returns the name of the leader, empty if there is none.
+func Leader(ctx context.Context, kv meta.KV, key string) (string, error) {
+	v, found, _, err := kv.Get(ctx, key)
+	if err != nil || !found {
+		return "", err
+	}
+	return string(v.Value), nil
+}
