@@ -110,10 +110,10 @@ type Config struct {
 	// CollectTolerance is the minimum time between a drop and the deletion by the
 	// collector.
 	CollectTolerance Duration `json:"collect_tolerance"`
-	// CollectInterval is the time between two rounds of the collector.
+	// CollectInterval is the time between two cycles of the collector.
 	CollectInterval Duration `json:"collect_interval"`
 	// CollectMaxShare is the fraction of a collection of 100 units or more at which a
-	// round stops instead of deleting more of it, above 0; 1 never stops one.
+	// cycle stops instead of deleting more of it, above 0; 1 never stops one.
 	CollectMaxShare float64 `json:"collect_max_share"`
 	// CollectRate is the objects per second that the collector deletes, in bursts of
 	// up to 1000; negative: no limit.

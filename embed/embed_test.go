@@ -181,7 +181,7 @@ func TestEmbedded(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := embed.Start(t.Context(), scope); err == nil || !strings.Contains(err.Error(), "name scope") {
+	if _, err := embed.Start(t.Context(), scope); err == nil || !strings.Contains(err.Error(), "name_scope") {
 		t.Errorf("another name scope: got %v", err)
 	}
 }

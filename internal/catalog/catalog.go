@@ -186,7 +186,7 @@ func CheckName(field, name string) error {
 	if nameRule.MatchString(name) {
 		return nil
 	}
-	return invalid(field, "%q is not a name: 1 to 255 of A-Z a-z 0-9 _ . - are, and the first is not . or -", name)
+	return invalid(field, "%q is not a name: a name has 1 to 255 of A-Z a-z 0-9 _ . - and begins with none of . -", name)
 }
 
 // Options configures a Catalog.

@@ -569,8 +569,8 @@ func applyUpdate(
 	for i, id := range u.RemoveBuilds {
 		at := slices.IndexFunc(s.Builds, func(b segment.Build) bool { return b.ID == id })
 		if at < 0 {
-			return nil, nil, fmt.Errorf("%w: build %d of segment %d, in %s.remove_index_builds[%d]",
-				ErrIndexNotFound, id, s.ID, field, i)
+			return nil, nil, fmt.Errorf("%w: segment %d has no index build %d, in %s.remove_index_builds[%d]",
+				ErrIndexNotFound, s.ID, id, field, i)
 		}
 		replaced = append(replaced, s.Builds[at])
 		s.Builds = slices.Delete(s.Builds, at, at+1)

@@ -39,7 +39,7 @@ type Decoder struct {
 
 // Decode reads a segment's record. The segment's lists of files and of builds are valid
 // until the next call; the caller may keep everything else. Decode keeps nothing of kv.
-// An error is about the record and wraps [record.ErrUnreadable], or about the key.
+// The error of an unreadable record wraps [record.ErrUnreadable]; that of a bad key does not.
 func (d *Decoder) Decode(collection int64, kv meta.KeyValue) (segment.Segment, error) {
 	id, err := keys.LastID(kv.Key)
 	if err != nil {
@@ -462,7 +462,7 @@ func checkColumns(in *storagev1.Files, n int) error {
 		}
 	}
 	if len(in.GetEtag16()) != 0 && len(in.GetEtag16()) != 16*n {
-		return fmt.Errorf("%d files, %d bytes of etags", n, len(in.GetEtag16()))
+		return fmt.Errorf("%d files, %d bytes of ETags, want 16 for each file or none", n, len(in.GetEtag16()))
 	}
 	return nil
 }

@@ -155,8 +155,8 @@ func (c *Catalog) ReserveIDs(ctx context.Context, tok request.Token, want IDRang
 	return nil
 }
 
-// ReleaseIDs frees the end of a reserved range above its mark, and returns the freed ids;
-// Count is 0 for none.
+// ReleaseIDs frees the end of a reserved range, above the highest id in use, and returns
+// the freed ids; Count is 0 for none.
 func (c *Catalog) ReleaseIDs(ctx context.Context, tok request.Token, want IDRange) (IDRange, error) {
 	if want.First < 1 || want.Count < 1 {
 		return IDRange{}, invalid("release", "first and count must be positive")

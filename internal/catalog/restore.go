@@ -23,7 +23,8 @@ const RestorePrefix = "gc/restore/"
 // RestoreDir returns the prefix of the objects of one job.
 func RestoreDir(job int64) string { return fmt.Sprintf("%s%d/", RestorePrefix, job) }
 
-// PinsKey returns the key of an object with the ETags of files of a task.
+// PinsKey returns the key of an object with the ETags of the sources that a task copies, so
+// that a later attempt copies the same content. Such an ETag is a pinned one, and no pin.
 func PinsKey(job, task int64, part int) string {
 	return fmt.Sprintf("%spins-%d-%d.json", RestoreDir(job), task, part)
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +17,29 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
+
+// TestReasonsAreDocumented checks that the document for operators has each reason of a failed
+// job.
+func TestReasonsAreDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, list, found := strings.Cut(string(doc), "\nThe reasons of a failed job:\n")
+	list, _, ends := strings.Cut(list, "\n## ")
+	if !found || !ends {
+		t.Fatal("operations.md has no list of reasons")
+	}
+	reasons := []string{reasonStalled, "TIMEOUT", "TOO_MANY_FAILURES"} // of decide
+	for _, c := range failureClasses {
+		reasons = append(reasons, c.reason)
+	}
+	for _, reason := range reasons {
+		if !strings.Contains(list, reason+"**") && !strings.Contains(list, reason+",") {
+			t.Errorf("operations.md does not have %s", reason)
+		}
+	}
+}
 
 // TestClassify checks the reason of each error and whether it is permanent.
 func TestClassify(t *testing.T) {

@@ -198,7 +198,7 @@ func (g *GC) DecideBatch(
 			attempt++
 		}
 	}
-	return nil, fmt.Errorf("%w: gave up after %d attempts", meta.ErrConflict, maxAttempts)
+	return nil, fmt.Errorf("%w: gave up after %d attempts; what is granted stays granted", meta.ErrConflict, maxAttempts)
 }
 
 // split returns the places of units without holders, and those of targets that name

@@ -235,7 +235,7 @@ func (g *GC) Prime(snapshot int64, metadata manifest.Digest, r *manifest.Refs) {
 	g.refs.Prime(snapshot, metadata, r)
 }
 
-// Stats is the state of protection, for metrics.
+// Stats are counts of references and tombstones, for metrics.
 type Stats struct {
 	refs.Stats
 	Granted     int           // tombstones that snapshotd deletes
@@ -243,7 +243,7 @@ type Stats struct {
 	Oldest      time.Duration // age of the oldest tombstone that a caller deletes
 }
 
-// Stats returns the state of protection in this replica.
+// Stats returns the counts of this replica.
 func (g *GC) Stats() Stats {
 	s := Stats{Stats: g.refs.Stats()}
 	s.Granted, s.Unconfirmed, s.Oldest = g.tombstones.stats(g.o.Clock.Display())

@@ -105,10 +105,10 @@ func (m *Manager) commit(
 	next.CommitTime, next.Op = m.clock.Display(), op
 	if next.TTL > 0 {
 		if next.CommitTime, err = m.clock.Stamp(ctx); errors.Is(err, clock.ErrUntrusted) {
-			// Aborted: completes the token, so that the caller has to begin another create.
-			return nil, fmt.Errorf("%w: start of the ttl: %s", ErrCreateAborted, err.Error())
+			// ErrCreateAborted is the result under the token: the caller begins another create.
+			return nil, fmt.Errorf("%w: read the clock for the ttl: %s", ErrCreateAborted, err.Error())
 		} else if err != nil {
-			return nil, fmt.Errorf("start of the ttl: %w", err)
+			return nil, fmt.Errorf("read the clock for the ttl: %w", err)
 		}
 		next.ExpireTime = next.CommitTime.Add(next.TTL)
 	}

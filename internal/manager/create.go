@@ -75,7 +75,7 @@ func (m *Manager) startCreate(ctx context.Context, tok request.Token, spec Creat
 	}
 	if spec.TTL > 0 { // commit stamps the start of the ttl: fail early without a trusted clock
 		if _, err := m.clock.Stamp(ctx); err != nil {
-			return nil, fmt.Errorf("start of the ttl: %w", err)
+			return nil, fmt.Errorf("read the clock for the ttl: %w", err)
 		}
 	}
 	collection, err := m.catalog.Resolve(ctx, spec.Collection) // once: the name may move to another collection

@@ -142,7 +142,7 @@ func (m *Manager) grantPinLease(ctx context.Context, p *Pin) (now time.Time, err
 		return m.clock.Display(), nil
 	}
 	if now, err = m.clock.Stamp(ctx); err != nil {
-		return now, fmt.Errorf("start of the pin: %w", err)
+		return now, fmt.Errorf("read the clock for the ttl of the pin: %w", err)
 	}
 	lease, err := m.kv.Grant(ctx, p.TTL)
 	if err != nil {

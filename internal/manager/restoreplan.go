@@ -141,7 +141,7 @@ func (m *Manager) checkStores(ctx context.Context, r *restoreScope, again bool) 
 // countSegments sums the segments that are restored, and checks that the layout has a
 // key for each of their files.
 func (m *Manager) countSegments(ctx context.Context, r *restoreScope, skipIndexes bool) error {
-	// A job with arbitrary ids: only the existence of a key is checked.
+	// The ids do not matter: only whether the layout has a path for each file.
 	job := &copyjob.Job{
 		Source: r.snapshot.Collection, Target: r.snapshot.Collection + 1, Partitions: r.partitions, Layout: r.layout,
 		FirstPartition: 1, FirstSegment: 1 << 40, Segments: r.md.Totals.Segments,

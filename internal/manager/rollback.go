@@ -8,7 +8,7 @@ import (
 
 // errNoEpoch means that this replica does not detect rollbacks of the metadata store.
 // Only tests configure that.
-var errNoEpoch = errors.New("this replica keeps no epoch")
+var errNoEpoch = errors.New("this replica does not detect rollbacks of the metadata store")
 
 // ErrNotReady means that the object store for snapshots has not answered since this
 // replica started. Whether the store is the cluster's, and whether the metadata store

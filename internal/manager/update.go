@@ -73,7 +73,7 @@ func (m *Manager) tryUpdate(
 	if spec.TTL != nil {
 		now, err := m.clock.Stamp(ctx)
 		if err != nil {
-			return nil, false, fmt.Errorf("update snapshot %s: start of the ttl: %w", s, err)
+			return nil, false, fmt.Errorf("update snapshot %s: read the clock for the ttl: %w", s, err)
 		}
 		next.ExpireTime = now.Add(*spec.TTL)
 	}

@@ -373,7 +373,7 @@ func violations(err *protovalidate.ValidationError) []*errdetails.BadRequest_Fie
 	for _, v := range err.Violations[:min(len(err.Violations), maxViolations)] {
 		text := v.Proto.GetMessage()
 		if v.Proto.GetRuleId() == "string.pattern" && v.RuleValue.IsValid() && v.RuleValue.String() == catalog.NamePattern {
-			text = "is not a name: 1 to 255 of A-Z a-z 0-9 _ . - are, and the first is not . or -"
+			text = "is not a name: a name has 1 to 255 of A-Z a-z 0-9 _ . - and begins with none of . -"
 		}
 		list = append(list, &errdetails.BadRequest_FieldViolation{
 			Field: record.Clip(protovalidate.FieldPathString(v.Proto.GetField()), maxFieldText), Description: clip(text),

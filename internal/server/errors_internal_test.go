@@ -334,7 +334,8 @@ type fakeStream struct {
 
 func (f fakeStream) Context() context.Context { return f.ctx }
 
-// TestDeadlines bounds the time of a call by its method and the deadline of its client.
+// TestDeadlines checks that a call ends by the time limit of its method and by the deadline
+// of its client.
 func TestDeadlines(t *testing.T) {
 	s, err := New(Options{Cluster: cluster.Cluster{TokenKey: make([]byte, 32)}})
 	if err != nil {

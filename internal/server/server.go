@@ -1,6 +1,6 @@
 // Package server implements the gRPC services of snapshotd: it converts messages into
-// calls of the manager and the catalog, and their errors into statuses. It contains no
-// other logic.
+// calls of the packages below it, and their errors into statuses. Permissions, page tokens,
+// the limits of connections and the sizes of messages are its own; all else is theirs.
 //
 // Every call passes, outermost first: a request id, one line in the log, the
 // metrics, recovery from panics, a deadline, authentication and authorization, the

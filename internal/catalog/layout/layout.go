@@ -5,6 +5,9 @@
 // ranges, in the order of the snapshot's ordinals: no list of pairs is stored, and any
 // process computes the same paths at any time. This also makes a failed restore easy to
 // clean: [Mapping.Prefixes] covers everything that it may have written, and nothing else.
+//
+// It also has the other direction: [PlaceOf] returns the ids in the path of a file, which
+// decide who owns it, see package catalog.
 package layout
 
 import (

@@ -118,7 +118,7 @@ func (c *Collector) explainOwn(
 	if e.Exists {
 		now, err := store.Now(ctx)
 		if err != nil {
-			return fmt.Errorf("read the clock of the store: %w", err)
+			return fmt.Errorf("read the clock of the object's store: %w", err)
 		}
 		if left := c.o.OrphanGrace - now.Sub(info.ModTime); left > 0 {
 			e.Reason += fmt.Sprintf("; a sweep deletes it in %s", left.Round(time.Second))

@@ -145,7 +145,7 @@ func (s *search) root(ctx context.Context, root catalog.Root) error {
 	}
 	var err error
 	if s.now, err = store.Now(ctx); err != nil {
-		return fmt.Errorf("read the clock of the store: %w", err)
+		return fmt.Errorf("read the clock of store %s: %w", root.Store, err)
 	}
 	s.alias = root.Store
 	err = listPages(ctx, store, root.Prefix, orphanPage, func(page []object.Info) error { return s.page(ctx, page) })

@@ -381,7 +381,7 @@ func (c *Collector) lookUp(ctx context.Context, subjects []subject) (*lookups, e
 		n := min(limit, len(wanted))
 		present, lostBelow, err := c.readPresent(ctx, wanted[:n])
 		if err != nil {
-			return nil, fmt.Errorf("read records: %w", err)
+			return nil, fmt.Errorf("read the records of objects: %w", err)
 		}
 		maps.Copy(result.present, present)
 		result.lostBelow = max(result.lostBelow, lostBelow)

@@ -1,4 +1,6 @@
-// Package cluster manages the record of a cluster, which is written at its first start.
+// Package cluster manages the record of a cluster, which is written at its first start and
+// never changes: the id of the cluster, the scope of snapshot names, and the key that authenticates
+// page and resume tokens.
 package cluster
 
 import (
@@ -96,8 +98,8 @@ func Open(ctx context.Context, kv meta.KV, o Options) (Cluster, error) {
 	}
 	c := Cluster{ID: rec.GetClusterId(), NameScope: NameScope(rec.GetNameScope()), TokenKey: rec.GetTokenKey()}
 	if c.NameScope != o.NameScope {
-		return Cluster{}, fmt.Errorf("%w: cluster %s was started with name scope %q, the configuration has %q",
-			ErrNameScope, c.ID, c.NameScope, o.NameScope)
+		return Cluster{}, fmt.Errorf("%w: cluster %s was started with name_scope %q, the configuration has %q: set it to %q",
+			ErrNameScope, c.ID, c.NameScope, o.NameScope, c.NameScope)
 	}
 	return c, nil
 }

@@ -313,7 +313,7 @@ func (m *Metadata) check() error {
 		last := number
 		_, err := fmt.Sscanf(f.File, "manifest-%d.avro", &number)
 		if err != nil || f.File != ManifestName(number) || number <= last {
-			return fmt.Errorf("manifest %d has the name %.40q", i, f.File)
+			return fmt.Errorf("manifest %d has the name %.40q, want manifest-<n>.avro with n above %d", i, f.File, last)
 		}
 		if f.FirstOrdinal != sum.Segments || f.FirstBuild != sum.Builds {
 			return fmt.Errorf("%s begins at segment %d, build %d; want %d, %d",
@@ -329,7 +329,7 @@ func (m *Metadata) check() error {
 		return fmt.Errorf("totals %+v, but the sum of the manifests is %+v", m.Totals, sum)
 	}
 	if r := m.Refs; r.File != RefsName || r.Length < 0 || r.Segments < 0 || r.Builds < 0 || r.Files < 0 {
-		return fmt.Errorf("references %+v", r)
+		return fmt.Errorf("the references want the file %s and no negative number, have %+v", RefsName, r)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package meta
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 )
@@ -31,7 +32,7 @@ func (t Txn) Check() error {
 		}
 	}
 	if size > MaxTxnBytes {
-		return fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, size, MaxTxnBytes)
+		return fmt.Errorf("%w: %s has %d bytes, at most %d", ErrTooLarge, cmp.Or(t.Name, "it"), size, MaxTxnBytes)
 	}
 	return nil
 }

@@ -1,4 +1,8 @@
-// Package record encodes and decodes the records of the metadata store.
+// Package record encodes and decodes the records of the metadata store. A record is a
+// message of storagepb with a format, and a release reads the formats that it knows only:
+// any other is ErrUnreadable, so that nothing is decided from fields that an older release
+// does not know. The op of a record is a random id of the write; it shows whether a
+// transaction without an answer took effect.
 package record
 
 import (
@@ -82,7 +86,7 @@ func Gaps(ids []int64) []int64 {
 	return out
 }
 
-// Sums returns the ids of Gaps.
+// Sums returns the ids from which Gaps made gaps.
 func Sums(gaps []int64) []int64 {
 	out := slices.Clone(gaps)
 	for i := 1; i < len(out); i++ {

@@ -204,7 +204,7 @@ func apply(ctx context.Context, tree string, patch []byte, more ...string) error
 }
 
 // copyTree copies the files of the tree at root without those of git and of builds.
-// The tools, which are large, are linked.
+// The folder of built tools, which are large, becomes a symbolic link.
 func copyTree(to, root string) error {
 	tools, err := filepath.Abs(filepath.Join(root, ".bin"))
 	if err != nil {
