@@ -928,7 +928,7 @@ func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 				gets := 0
 				r.store.Plan(func(c object.Call) object.Fault {
 					switch {
-					case !strings.HasPrefix(c.Keys[0], "snapshots/"):
+					case len(c.Keys) == 0 || !strings.HasPrefix(c.Keys[0], "snapshots/"):
 					case c.Op == object.OpCreate:
 						return object.FaultAfter
 					case c.Op == object.OpGet && (fault == object.FaultFlip || gets < 2*putAttempts):
