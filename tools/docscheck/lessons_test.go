@@ -132,11 +132,20 @@ func hasTest(folder, name string) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		for _, decl := range parsed.Decls {
-			if fn, ok := decl.(*ast.FuncDecl); ok && fn.Recv == nil && fn.Name.Name == name {
-				return true, nil
-			}
+		if slices.Contains(functions(parsed), name) {
+			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// functions returns the names of the functions of a file.
+func functions(file *ast.File) []string {
+	var names []string
+	for _, decl := range file.Decls {
+		if fn, ok := decl.(*ast.FuncDecl); ok && fn.Recv == nil {
+			names = append(names, fn.Name.Name)
+		}
+	}
+	return names
 }

@@ -14,19 +14,8 @@ import (
 // in backquotes exist.
 func TestPathsExist(t *testing.T) {
 	repo := filepath.Join("..", "..")
-	files := []string{"CONTRIBUTING.md"}
-	err := filepath.WalkDir(filepath.Join(repo, "docs"), func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && filepath.Ext(path) == ".md" {
-			name, _ := filepath.Rel(repo, path)
-			files = append(files, name)
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	named := 0
-	for _, file := range files {
+	for _, file := range checkedDocuments(t, repo) {
 		text, err := os.ReadFile(filepath.Join(repo, file))
 		if err != nil {
 			t.Fatal(err)
@@ -40,6 +29,23 @@ func TestPathsExist(t *testing.T) {
 	if named < 20 {
 		t.Errorf("found %d paths, want at least those of the map in CONTRIBUTING.md", named)
 	}
+}
+
+// checkedDocuments returns the paths of CONTRIBUTING.md and of the files of docs.
+func checkedDocuments(t *testing.T, repo string) []string {
+	t.Helper()
+	files := []string{"CONTRIBUTING.md"}
+	err := filepath.WalkDir(filepath.Join(repo, "docs"), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && filepath.Ext(path) == ".md" {
+			name, _ := filepath.Rel(repo, path)
+			files = append(files, name)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
 }
 
 // TestMapIsComplete checks that the map in CONTRIBUTING.md has every folder of
