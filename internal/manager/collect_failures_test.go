@@ -242,7 +242,7 @@ func TestCollectorSpillsWhereItStops(t *testing.T) {
 		settle()
 		l := r.Collector.LastCycle()
 		if l.Spilled != 1 {
-			t.Errorf("stops %v, held %d, parked %d", l.Stops, l.Held, l.Spilled)
+			t.Errorf("stops %v, held %d, spilled %d", l.Stops, l.Held, l.Spilled)
 		}
 	})
 }

@@ -56,9 +56,9 @@ func TestLargeCompaction(t *testing.T) {
 				if err := w.compact(r, col, ids); err != nil {
 					t.Fatal(err)
 				}
-				parked := len(w.objectsUnder(catalog.SpillPrefix))
-				if fits := c.segments*c.files < 25_000; (parked == 0) != fits || parked > c.segments {
-					t.Errorf("%d of %d are parked", parked, c.segments)
+				spilled := len(w.objectsUnder(catalog.SpillPrefix))
+				if fits := c.segments*c.files < 25_000; (spilled == 0) != fits || spilled > c.segments {
+					t.Errorf("%d of %d are spilled", spilled, c.segments)
 				}
 				if n := len(w.keysUnder("/catalog/unit/")); n != c.segments {
 					t.Errorf("%d units of %d", n, c.segments)
@@ -112,7 +112,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			}
 			left := w.objectsUnder(catalog.SpillPrefix)
 			if len(left) == 0 {
-				t.Fatal("nothing was parked")
+				t.Fatal("nothing was spilled")
 			}
 			time.Sleep(48 * time.Hour)
 			settle()

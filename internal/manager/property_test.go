@@ -58,7 +58,7 @@ func TestNothingNeededIsEverDeleted(t *testing.T) {
 type reach struct {
 	granted, heldBySnapshot, heldByCreate, compareFailed, again   atomic.Int64
 	unreadable, deleted, confirmed, unanswered, reaped, committed atomic.Int64
-	parked, restored, rolledBack, finished, swept, collected      atomic.Int64
+	spilled, restored, rolledBack, finished, swept, collected     atomic.Int64
 	lateCopies, stolen                                            atomic.Int64
 }
 
@@ -69,7 +69,7 @@ func (r *reach) counts() map[string]int64 {
 		"refusal for unreadable references": r.unreadable.Load(), "unit deleted": r.deleted.Load(),
 		"unit confirmed":            r.confirmed.Load(),
 		"reclaim without an answer": r.unanswered.Load(), "create given up": r.reaped.Load(), "commit": r.committed.Load(),
-		"unit parked": r.parked.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
+		"unit spilled": r.spilled.Load(), "restore": r.restored.Load(), "restore rolled back": r.rolledBack.Load(),
 		"collection gone for good": r.finished.Load(), "object swept": r.swept.Load(),
 		"grant to the collector": r.collected.Load(),
 		"late copy removed":      r.lateCopies.Load(), "refusal of what is another's": r.stolen.Load(),
@@ -292,7 +292,7 @@ type ledger struct {
 	dropped bool                      // the collection is
 	orphans map[int64]segment.Segment // dropped with it or its partition, and not granted
 	builds  map[int64]segment.Build   // dropped with their index, and not granted
-	stubs   map[int64]bool            // units that are parked
+	stubs   map[int64]bool            // units that are spilled
 }
 
 // state is the content of a collection from a revision on.
@@ -700,10 +700,10 @@ func (c *course) observe() {
 			u, err := catalog.DecodeUnit(collection, e.KV)
 			if errors.Is(err, catalog.ErrSpilled) {
 				if _, was := l.units[id]; !was || l.stubs[id] {
-					c.wrong("unit %d is parked, and was not there, or parked", id)
+					c.wrong("unit %d is spilled, and was not there, or spilled", id)
 				}
 				l.stubs[id] = true
-				c.reach.parked.Add(1)
+				c.reach.spilled.Add(1)
 				continue
 			}
 			c.must(err)
@@ -955,7 +955,7 @@ func (c *course) lookAround() {
 		}
 		for id := range l.stubs {
 			if key := catalog.SpillKey(l.col.ID, id); !c.guard.has(key) {
-				c.wrong("unit %d is parked, and %s is not there", id, key)
+				c.wrong("unit %d is spilled, and %s is not there", id, key)
 			}
 		}
 		for _, u := range l.units { // not granted

@@ -46,10 +46,10 @@ func TestReadsOfAnUpdate(t *testing.T) {
 		time.Sleep(3 * time.Hour)
 		settle()
 		if n := len(w.objectsUnder(catalog.SpillPrefix)); n < 90 {
-			t.Fatalf("%d units are parked", n)
+			t.Fatalf("%d units are spilled", n)
 		}
 		first := last
-		replace(101, "parked")
+		replace(101, "spilled")
 		// A path of a replaced build is rejected, whatever the state of the build.
 		first.ID = w.newID(r)
 		_, err := r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},

@@ -59,7 +59,7 @@ func TestHeldUnitIsSpilled(t *testing.T) {
 			t.Fatalf("there is %v, and the record takes %d bytes, which were %d", got, size(), full)
 		}
 		if diff := cmp.Diff(before, usage()); diff != "" {
-			t.Errorf("usage (-before +parked):\n%s", diff)
+			t.Errorf("usage (-before +spilled):\n%s", diff)
 		}
 		w.heldBy(w.reclaim(r, col, gc.BySnapshotd, asks...)[0], s)
 		file := catalog.FilePath{Path: dropped.Files[1].Path}
@@ -68,11 +68,11 @@ func TestHeldUnitIsSpilled(t *testing.T) {
 		other.Files[0].Path = file.Path
 		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID,
 			[]segment.Segment{other}); !errors.Is(err, catalog.ErrFileExists) {
-			t.Errorf("a file of a parked unit: err = %v", err)
+			t.Errorf("a file of a spilled unit: err = %v", err)
 		}
 		if _, _, err := r.catalog.AddSegments(t.Context(), col.ID,
 			[]segment.Segment{dropped}); !errors.Is(err, catalog.ErrSegmentExists) && !errors.Is(err, catalog.ErrFileExists) {
-			t.Errorf("the id of a parked unit: err = %v", err)
+			t.Errorf("the id of a spilled unit: err = %v", err)
 		}
 		w.check(r)
 		w.dropSnapshot(r, s)

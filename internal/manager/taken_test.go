@@ -104,7 +104,7 @@ func (t *taking) exclusive(s *snapshot.Record) int64 {
 // segment are deleted with the last snapshot that began before the removal, although
 // younger snapshots have the segment, spilled or not.
 func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
-	for name, wait := range map[string]time.Duration{"full": 0, "parked": 3 * time.Hour} {
+	for name, wait := range map[string]time.Duration{"full": 0, "spilled": 3 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			inEnv(t, func(t *testing.T, w *testEnv) {
 				c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour }))
@@ -114,8 +114,8 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 				rolling := c.create(c.r, c.col, "rolling-0")
 				time.Sleep(wait)
 				settle()
-				if parked := len(c.objectsUnder(catalog.SpillPrefix)); parked != min(int(wait), 1) {
-					t.Fatalf("%d units are parked", parked)
+				if spilled := len(c.objectsUnder(catalog.SpillPrefix)); spilled != min(int(wait), 1) {
+					t.Fatalf("%d units are spilled", spilled)
 				}
 				c.wantHolders("at first", taken, old)
 				if got := []int64{c.exclusive(old), c.exclusive(rolling)}; !slices.Equal(got, []int64{1, 0}) {

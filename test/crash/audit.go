@@ -27,7 +27,7 @@ import (
 const quiet = 45 * time.Second
 
 // audit compares the catalog, the snapshots and each object of the store with the
-// ledger. With orphans, objects of parked units whose ids are dead may be left.
+// ledger. With orphans, objects of spilled units whose ids are dead may be left.
 func (w *env) audit(ctx context.Context, orphans bool) error {
 	status, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 	switch {
@@ -199,7 +199,7 @@ var (
 	isMember = regexp.MustCompile(`^snapshots/\d+/(\d+)/[^/]+$`)
 )
 
-// auditStore checks all objects. Each must have an owner, except objects of parked
+// auditStore checks all objects. Each must have an owner, except objects of spilled
 // units where a crash may leave orphans.
 func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
 	dead, err := w.orphans(ctx)

@@ -35,7 +35,7 @@ type scenario struct {
 	quick    bool // part of a quick run
 	empty    bool // starts without data
 	huge     bool // starts with huge, on a bucket only
-	// orphans is set when the crash may leave the object of a parked unit, which a
+	// orphans is set when the crash may leave the object of a spilled unit, which a
 	// sweep deletes after the grace period.
 	orphans  bool
 	settings string
@@ -575,7 +575,7 @@ func park(ctx context.Context, w *env) error {
 	if err := w.dropSegments(ctx, shop, w.Collections[shop][0].ID); err != nil {
 		return err
 	}
-	return w.parked(ctx, 2)
+	return w.spilled(ctx, 2)
 }
 
 // orphan returns the key of a file with an unused id under the root of a collection.

@@ -33,7 +33,7 @@ const (
 	shop = "shop" // a collection of two tasks; keep and old are snapshots of it
 	mall = "mall" // a small collection without snapshots
 	keep = "keep"
-	old  = "old" // alone holds one segment, which is parked
+	old  = "old" // alone holds one segment, which is spilled
 	// huge is a collection with an object that is copied in parts, and a snapshot of
 	// it. Only cases of huge scenarios have it.
 	huge = "huge"
@@ -488,18 +488,18 @@ func (w *env) build(ctx context.Context) error {
 	if w.Dead, err = w.allocate(ctx, deadIDs, client.NewRequestToken(), "dead"); err != nil {
 		return err
 	}
-	return w.parked(ctx, 1)
+	return w.spilled(ctx, 1)
 }
 
-// parked waits until exactly want units are held, all with parked records.
-func (w *env) parked(ctx context.Context, want int64) error {
+// spilled waits until exactly want units are held, all with spilled records.
+func (w *env) spilled(ctx context.Context, want int64) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		got, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 		if err != nil {
 			return err
 		}
 		if r := got.GetLastRound(); r.GetHeld() != want || r.GetParked() != want {
-			return fmt.Errorf("%d units are held and %d parked, not %d", r.GetHeld(), r.GetParked(), want)
+			return fmt.Errorf("%d units are held and %d spilled, not %d", r.GetHeld(), r.GetParked(), want)
 		}
 		return nil
 	})

@@ -6,7 +6,7 @@
 // A case is a step, its side and the number of the pass, on a directory or on a bucket
 // of a real S3 server. On a bucket it also kills snapshotd before and after each request
 // that changes the bucket. Each case runs on a copy of data that is made once: two
-// collections, two snapshots, a parked unit, a pin, a restored collection. Then
+// collections, two snapshots, a spilled unit, a pin, a restored collection. Then
 //
 //	snapshotd starts, with the point at which it kills itself
 //	the operation that reaches the point is requested, with a request token

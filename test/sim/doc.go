@@ -4,8 +4,8 @@
 //
 // # How it works
 //
-// Each replica reaches the two stores through a gate. Every call parks there, and nothing
-// proceeds until all goroutines wait. Then the scheduler sorts the parked calls by names
+// Each replica reaches the two stores through a gate. Every call waits there, and nothing
+// proceeds until all goroutines wait. Then the scheduler sorts the waiting calls by names
 // that are the same in each run (replica, method, keys, a digest of the arguments). A
 // generator, whose only input is the seed, chooses one step: a call takes effect and is
 // answered; fails before it has an effect, or after; is held up; a replica crashes,

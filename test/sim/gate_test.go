@@ -20,7 +20,7 @@ import (
 	"github.com/snapshotd/snapshotd/internal/store/object"
 )
 
-// call is a call of a store that is parked, or that no caller waits for any more.
+// call is a call of a store that waits at the gate, or that no caller waits for any more.
 type call struct {
 	m     *member
 	name  string                                           // method, keys, digest: the same in each run
@@ -45,10 +45,10 @@ func byName(a, b *call) int {
 	)
 }
 
-// gate is where the calls of all replicas park. It is safe for concurrent use.
+// gate is where the calls of all replicas wait. It is safe for concurrent use.
 type gate struct {
 	mu      sync.Mutex
-	parked  []*call
+	waiting []*call
 	seq     int
 	step    int
 	open    bool // all that comes is refused: the run is over
@@ -59,9 +59,9 @@ func newGate() *gate { return &gate{arrived: make(chan struct{}, 1)} }
 
 var errDead = errors.New("the replica is dead")
 
-// park waits until the scheduler has decided about a call. do is carried out by
+// wait waits until the scheduler has decided about a call. do is carried out by
 // the scheduler, or never; it returns the answer for the trace.
-func (g *gate) park(
+func (g *gate) wait(
 	ctx context.Context,
 	m *member,
 	lost error,
@@ -69,11 +69,11 @@ func (g *gate) park(
 	name string,
 	do func(ctx context.Context) string,
 ) error {
-	return g.parkCall(ctx, &call{m: m, name: name, write: write, do: do, lost: lost})
+	return g.waitCall(ctx, &call{m: m, name: name, write: write, do: do, lost: lost})
 }
 
-// parkCall is park of a call that is made.
-func (g *gate) parkCall(ctx context.Context, c *call) error {
+// waitCall is wait of a call that is made.
+func (g *gate) waitCall(ctx context.Context, c *call) error {
 	m, name, lost := c.m, c.name, c.lost
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
@@ -86,7 +86,7 @@ func (g *gate) parkCall(ctx context.Context, c *call) error {
 	}
 	g.seq++
 	c.seq, c.step, c.came = g.seq, g.step, time.Now()
-	g.parked = append(g.parked, c)
+	g.waiting = append(g.waiting, c)
 	g.mu.Unlock()
 	select {
 	case g.arrived <- struct{}{}:
@@ -112,8 +112,8 @@ func (g *gate) parkCall(ctx context.Context, c *call) error {
 }
 
 func (g *gate) removeLocked(c *call) {
-	if i := slices.Index(g.parked, c); i >= 0 {
-		g.parked = slices.Delete(g.parked, i, i+1)
+	if i := slices.Index(g.waiting, c); i >= 0 {
+		g.waiting = slices.Delete(g.waiting, i, i+1)
 	}
 }
 
@@ -124,11 +124,11 @@ func (g *gate) setStep(n int) {
 	g.step = n
 }
 
-// list returns the parked calls, in the order of names.
+// list returns the waiting calls, in the order of names.
 func (g *gate) list() []*call {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	list := slices.Clone(g.parked)
+	list := slices.Clone(g.waiting)
 	slices.SortFunc(list, byName)
 	return list
 }
@@ -140,13 +140,13 @@ func (g *gate) take(c *call) {
 	g.removeLocked(c)
 }
 
-// kill refuses all later calls of a replica, and returns its parked ones.
+// kill refuses all later calls of a replica, and returns its waiting ones.
 func (g *gate) kill(m *member) []*call {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	m.dead = true
 	var list []*call
-	for _, c := range g.parked {
+	for _, c := range g.waiting {
 		if c.m == m {
 			list = append(list, c)
 		}
@@ -158,8 +158,8 @@ func (g *gate) kill(m *member) []*call {
 // close refuses all calls.
 func (g *gate) close() {
 	g.mu.Lock()
-	list := g.parked
-	g.parked, g.open = nil, true
+	list := g.waiting
+	g.waiting, g.open = nil, true
 	g.mu.Unlock()
 	for _, c := range list {
 		c.done <- fmt.Errorf("%w: the run is over", c.lost)
@@ -193,7 +193,7 @@ func answer(err error, format string, args ...any) string {
 }
 
 func (k *gatedKV) Get(ctx context.Context, key string) (kv meta.KeyValue, found bool, revision int64, err error) {
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, false, "get "+key, func(ctx context.Context) string {
+	perr := k.g.wait(ctx, k.m, meta.ErrUnavailable, false, "get "+key, func(ctx context.Context) string {
 		kv, found, revision, err = k.KV.Get(ctx, key)
 		return answer(err, "%v of %d at %d", found, kv.ModRevision, revision)
 	})
@@ -204,7 +204,7 @@ func (k *gatedKV) Get(ctx context.Context, key string) (kv meta.KeyValue, found 
 }
 
 func (k *gatedKV) Range(ctx context.Context, r meta.Range) (res meta.RangeResult, err error) {
-	perr := k.g.park(
+	perr := k.g.wait(
 		ctx,
 		k.m,
 		meta.ErrUnavailable,
@@ -248,7 +248,7 @@ func (k *gatedKV) Scan(
 		err = fmt.Errorf("scan %s: %w: in its middle", from, err)
 		return fmt.Sprintf("%s, cut after %d", text, len(all))
 	}
-	if perr := k.g.parkCall(ctx, c); perr != nil {
+	if perr := k.g.waitCall(ctx, c); perr != nil {
 		return 0, perr
 	}
 	for b := range slices.Chunk(all, k.batch) {
@@ -285,7 +285,7 @@ func txnName(t *meta.Txn) string {
 
 func (k *gatedKV) Txn(ctx context.Context, t meta.Txn) (res meta.TxnResult, err error) {
 	t = meta.Txn{If: slices.Clone(t.If), Then: cloneOps(t.Then), Else: cloneOps(t.Else)}
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, true, txnName(&t), func(ctx context.Context) string {
+	perr := k.g.wait(ctx, k.m, meta.ErrUnavailable, true, txnName(&t), func(ctx context.Context) string {
 		res, err = k.KV.Txn(ctx, t)
 		if err == nil && res.Succeeded && k.o != nil {
 			k.o.sawTxn(ctx, k.m, &t)
@@ -307,7 +307,7 @@ func cloneOps(ops []meta.Op) []meta.Op {
 }
 
 func (k *gatedKV) Grant(ctx context.Context, ttl time.Duration) (id meta.LeaseID, err error) {
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, true, fmt.Sprint("grant ", ttl), func(ctx context.Context) string {
+	perr := k.g.wait(ctx, k.m, meta.ErrUnavailable, true, fmt.Sprint("grant ", ttl), func(ctx context.Context) string {
 		id, err = k.KV.Grant(ctx, ttl)
 		return answer(err, "%x", id)
 	})
@@ -318,7 +318,7 @@ func (k *gatedKV) Grant(ctx context.Context, ttl time.Duration) (id meta.LeaseID
 }
 
 func (k *gatedKV) KeepAlive(ctx context.Context, id meta.LeaseID) (err error) {
-	perr := k.g.park(
+	perr := k.g.wait(
 		ctx,
 		k.m,
 		meta.ErrUnavailable,
@@ -333,14 +333,14 @@ func (k *gatedKV) KeepAlive(ctx context.Context, id meta.LeaseID) (err error) {
 }
 
 func (k *gatedKV) Revoke(ctx context.Context, id meta.LeaseID) (err error) {
-	perr := k.g.park(ctx, k.m, meta.ErrUnavailable, true, fmt.Sprintf("revoke %x", id), func(ctx context.Context) string {
+	perr := k.g.wait(ctx, k.m, meta.ErrUnavailable, true, fmt.Sprintf("revoke %x", id), func(ctx context.Context) string {
 		err = k.KV.Revoke(ctx, id)
 		return answer(err, "ok")
 	})
 	return cmp.Or(perr, err)
 }
 
-// Watch opens a watch at once; its events park.
+// Watch opens a watch at once; its events wait.
 func (k *gatedKV) Watch(ctx context.Context, from, to string, after int64) meta.Watcher {
 	return &gatedWatcher{k: k, ctx: ctx, name: from, w: k.KV.Watch(ctx, from, to, after)}
 }
@@ -359,7 +359,7 @@ func (w *gatedWatcher) Next() (meta.WatchBatch, error) {
 	}
 	b, err := w.w.Next()
 	if err == nil {
-		err = w.k.g.park(
+		err = w.k.g.wait(
 			w.ctx,
 			w.k.m,
 			meta.ErrUnavailable,
@@ -376,7 +376,7 @@ func (w *gatedWatcher) Next() (meta.WatchBatch, error) {
 }
 
 func (w *gatedWatcher) Progress(ctx context.Context) (err error) {
-	perr := w.k.g.park(ctx, w.k.m, meta.ErrUnavailable, false, "progress "+w.name, func(ctx context.Context) string {
+	perr := w.k.g.wait(ctx, w.k.m, meta.ErrUnavailable, false, "progress "+w.name, func(ctx context.Context) string {
 		err = w.w.Progress(ctx)
 		return answer(err, "ok")
 	})
@@ -395,7 +395,7 @@ func (s *gatedStore) write(
 	name string,
 	do func(ctx context.Context) (object.Info, error),
 ) (info object.Info, err error) {
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, true, name, func(ctx context.Context) string {
+	perr := s.g.wait(ctx, s.m, object.ErrUnavailable, true, name, func(ctx context.Context) string {
 		info, err = do(ctx)
 		return answer(err, "%d bytes %s", info.Size, info.ETag)
 	})
@@ -469,14 +469,14 @@ func (s *gatedStore) Get(
 	if strings.HasPrefix(key, epoch.Prefix) { // a note has no digest
 		c.spoil = nil
 	}
-	if err = cmp.Or(s.g.parkCall(ctx, c), err); err != nil {
+	if err = cmp.Or(s.g.waitCall(ctx, c), err); err != nil {
 		return nil, object.Info{}, err
 	}
 	return io.NopCloser(bytes.NewReader(body)), info, nil
 }
 
 func (s *gatedStore) Head(ctx context.Context, key string) (info object.Info, err error) {
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object head "+key, func(ctx context.Context) string {
+	perr := s.g.wait(ctx, s.m, object.ErrUnavailable, false, "object head "+key, func(ctx context.Context) string {
 		info, err = s.ledger.Head(ctx, key)
 		return answer(err, "%d bytes", info.Size)
 	})
@@ -523,7 +523,7 @@ func (s *gatedStore) List(ctx context.Context, prefix string) iter.Seq2[object.I
 		if prefix == epoch.Prefix { // that the newest note is there is all there is to know
 			c.spoil = nil
 		}
-		if perr := s.g.parkCall(ctx, c); perr != nil {
+		if perr := s.g.waitCall(ctx, c); perr != nil {
 			yield(object.Info{}, perr)
 			return
 		}
@@ -538,14 +538,14 @@ func (s *gatedStore) List(ctx context.Context, prefix string) iter.Seq2[object.I
 	}
 }
 
-// Delete parks each key's delete with the others': a fault concerns all of them.
+// Delete lets each key's delete wait with the others': a fault concerns all of them.
 func (s *gatedStore) Delete(ctx context.Context, list ...string) (err error) {
 	list = slices.Clone(list)
 	if len(list) == 0 {
 		return nil
 	}
 	asked := time.Now()
-	perr := s.g.park(
+	perr := s.g.wait(
 		ctx,
 		s.m,
 		object.ErrUnavailable,
@@ -568,7 +568,7 @@ func (s *gatedStore) Delete(ctx context.Context, list ...string) (err error) {
 }
 
 func (s *gatedStore) AbortUploads(ctx context.Context, prefix string, before time.Time) (n int, err error) {
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, true, "object abort "+prefix, func(ctx context.Context) string {
+	perr := s.g.wait(ctx, s.m, object.ErrUnavailable, true, "object abort "+prefix, func(ctx context.Context) string {
 		n, err = s.ledger.AbortUploads(ctx, prefix, before)
 		return answer(err, "%d", n)
 	})
@@ -576,7 +576,7 @@ func (s *gatedStore) AbortUploads(ctx context.Context, prefix string, before tim
 }
 
 func (s *gatedStore) OldestUpload(ctx context.Context, prefix string) (oldest time.Time, err error) {
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object uploads "+prefix, func(ctx context.Context) string {
+	perr := s.g.wait(ctx, s.m, object.ErrUnavailable, false, "object uploads "+prefix, func(ctx context.Context) string {
 		oldest, err = s.ledger.OldestUpload(ctx, prefix)
 		return answer(err, "%v", oldest.Format(time.TimeOnly))
 	})
@@ -584,7 +584,7 @@ func (s *gatedStore) OldestUpload(ctx context.Context, prefix string) (oldest ti
 }
 
 func (s *gatedStore) Now(ctx context.Context) (now time.Time, err error) {
-	perr := s.g.park(ctx, s.m, object.ErrUnavailable, false, "object now", func(ctx context.Context) string {
+	perr := s.g.wait(ctx, s.m, object.ErrUnavailable, false, "object now", func(ctx context.Context) string {
 		now, err = s.ledger.Now(ctx)
 		return answer(err, "%v", now.Format(time.TimeOnly))
 	})

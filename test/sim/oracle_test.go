@@ -34,7 +34,7 @@ import (
 // reach counts what runs have exercised.
 type reach struct {
 	committed, reaped, dropped, expired, pinned                 int
-	granted, parked, unitsGone, restored, rolledBack, colsGone  int
+	granted, spilled, unitsGone, restored, rolledBack, colsGone int
 	before, after, late, crashed, frozen                        int
 	repeated, heldBySnapshot, heldByCreate, swept, listed, read int
 	spoiled, rotten, jumped, uploads, foreign, renewed          int
@@ -48,7 +48,7 @@ func (r *reach) counts() map[string]int {
 		"snapshot expired":          r.expired,
 		"pin":                       r.pinned,
 		"grant":                     r.granted,
-		"unit parked":               r.parked,
+		"unit spilled":              r.spilled,
 		"unit gone for good":        r.unitsGone,
 		"restore":                   r.restored,
 		"restore rolled back":       r.rolledBack,
@@ -132,7 +132,7 @@ type collection struct {
 	active  map[int64]bool // partitions and indexes by id, those that are not dropped
 	history []version
 	units   map[int64]catalog.Unit // not granted
-	parked  map[int64]bool
+	spilled map[int64]bool
 	tombs   map[int64]*tomb
 }
 
@@ -317,8 +317,8 @@ func (o *oracle) needed() map[string]string {
 		for id, u := range c.units {
 			add(&u.Segment, fmt.Sprint("unit ", id, " has it and is not granted"))
 		}
-		for id := range c.parked {
-			needed[catalog.SpillKey(c.id, id)] = fmt.Sprint("unit ", id, " is parked there")
+		for id := range c.spilled {
+			needed[catalog.SpillKey(c.id, id)] = fmt.Sprint("unit ", id, " is spilled there")
 		}
 	}
 	return needed
@@ -429,7 +429,7 @@ func (o *oracle) collection(id int64) *collection {
 			id:      id,
 			live:    map[int64]segment.Segment{},
 			units:   map[int64]catalog.Unit{},
-			parked:  map[int64]bool{},
+			spilled: map[int64]bool{},
 			tombs:   map[int64]*tomb{},
 			active:  map[int64]bool{0: true},
 			history: []version{{0, nil, nil}},
@@ -518,7 +518,7 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 				o.s.wrong("unit %d is gone without a grant", id)
 			}
 			delete(c.units, id)
-			delete(c.parked, id)
+			delete(c.spilled, id)
 			return
 		}
 		if c.tombs[id] != nil {
@@ -526,9 +526,9 @@ func (o *oracle) sawCatalog(e meta.Event, changed map[int64]bool) {
 		}
 		u, err := catalog.DecodeUnit(collection, e.KV)
 		if errors.Is(err, catalog.ErrSpilled) {
-			o.s.reached.parked++
-			c.parked[id] = true
-			o.whole(catalog.SpillKey(collection, id), "unit %d is parked there", id)
+			o.s.reached.spilled++
+			c.spilled[id] = true
+			o.whole(catalog.SpillKey(collection, id), "unit %d is spilled there", id)
 			return
 		}
 		o.s.must(err)

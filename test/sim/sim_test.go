@@ -142,7 +142,7 @@ type profile struct {
 	replicas, ops                    int
 	fail, after, crash, freeze, hold float64 // chance in a step
 	late                             float64 // chance that a call without a caller lands, else it is lost
-	patience                         float64 // chance that time passes though calls are parked
+	patience                         float64 // chance that time passes though calls are waiting
 	haste                            float64 // chance that something is asked for
 	longest                          time.Duration
 	fifo                             bool // calls are chosen in the order of their arrival
@@ -499,7 +499,7 @@ func (s *sim) crash(m *member) {
 	m.stop()
 }
 
-// pass lets time pass: at most d, and only until a call parks when none has yet.
+// pass lets time pass: at most d, and only until a call waits when none has yet.
 func (s *sim) pass(d time.Duration) {
 	if len(s.eligible()) > 0 {
 		time.Sleep(d)
@@ -525,7 +525,7 @@ func (s *sim) pass(d time.Duration) {
 	s.note("%v pass, of %v", time.Since(now), until)
 }
 
-// calmDown ends all faults: what is parked is answered, what is late lands, and
+// calmDown ends all faults: what is waiting is answered, what is late lands, and
 // all that was stopped goes on.
 func (s *sim) calmDown() {
 	s.calmed = true
@@ -548,7 +548,7 @@ func (s *sim) calmDown() {
 	}
 }
 
-// rest lets time pass without faults; all that is parked is answered at once.
+// rest lets time pass without faults; all that is waiting is answered at once.
 func (s *sim) rest(d time.Duration) {
 	s.until(d, func() bool { return false })
 }

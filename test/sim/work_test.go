@@ -476,7 +476,7 @@ func (w *work) begin() {
 		}
 		w.call(m, "collect", func(ctx context.Context) (string, func()) {
 			sum, err := m.Collect(ctx, o)
-			return answer(err, "%d granted, %d held, %d parked", sum.Granted, sum.Held, sum.Spilled), nil
+			return answer(err, "%d granted, %d held, %d waiting", sum.Granted, sum.Held, sum.Spilled), nil
 		})
 	case "sweep":
 		w.call(m, "sweep", func(ctx context.Context) (string, func()) {
@@ -539,13 +539,13 @@ func (w *work) file(ctx context.Context, kind, path string) (segment.File, error
 
 // shape is what a new segment is like.
 type shape struct {
-	partition, index      int64 // 0: none
-	delta, shared, parked bool
-	layout                int
+	partition, index       int64 // 0: none
+	delta, shared, waiting bool
+	layout                 int
 }
 
 func (w *work) shape(c *collection) shape {
-	sh := shape{delta: w.s.chance(0.5), shared: w.s.chance(0.1), parked: w.s.chance(0.5), layout: w.s.rng.IntN(2)}
+	sh := shape{delta: w.s.chance(0.5), shared: w.s.chance(0.1), waiting: w.s.chance(0.5), layout: w.s.rng.IntN(2)}
 	view, err := w.s.oracle.cat.At(never, c.id, 0)
 	w.s.must(err)
 	for _, p := range view.Partitions {
@@ -572,8 +572,8 @@ func (w *work) segment(ctx context.Context, m *member, col int64, sh shape) (s s
 	if s.ID, err = w.id(ctx, m); err != nil {
 		return s, err
 	}
-	if sh.parked {
-		s.EngineData = make([]byte, 500) // so that it is worthwhile to park it
+	if sh.waiting {
+		s.EngineData = make([]byte, 500) // so that it is worthwhile to spill it
 	}
 	dir := fmt.Sprintf("%d/%d/%d/", col, s.Partition, s.ID)
 	add := func(kind, path string) {
