@@ -120,6 +120,11 @@ func (w *testEnv) start(name string, change ...func(*testOptions)) *testReplica 
 	return r
 }
 
+// atLeisure makes the background loops slower, for tests in which days pass.
+func atLeisure(o *testOptions) {
+	o.Parts.LeaderTTL, o.CleanInterval, o.Parts.Collector.Interval = 10*time.Minute, 10*time.Minute, 10*time.Minute
+}
+
 // make makes a replica that is not run.
 func (w *testEnv) make(o testOptions) (*replica.Replica, *Manager) {
 	w.t.Helper()

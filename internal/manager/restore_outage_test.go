@@ -84,7 +84,7 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 		for _, after := range []int{0, 30} { // copies
 			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
 				inEnv(t, func(t *testing.T, w *testEnv) {
-					r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+					r := w.start("a", atLeisure, func(o *testOptions) { o.Parts.Collector.Off = true })
 					s := w.create(r, w.richCollection(r, "c", 40), "one")
 					copies, began := 0, time.Time{}
 					r.store.Plan(func(c object.Call) object.Fault {

@@ -128,7 +128,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 // worker are swept.
 func TestRestoreKeepsPins(t *testing.T) {
 	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
+		a := w.start("a", atLeisure)
 		col := w.richCollection(a, "c", 100) // four tasks
 		s := w.create(a, col, "one")
 		job := w.mustComplete(a, restoreSpecOf(s))
