@@ -98,261 +98,261 @@ func TestSnapshotsAgainstOracle(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			name := fmt.Sprintf("shop-%d", seed)
-			w := &env{
+			e := &env{
 				t: t, c: c, dir: dir, rnd: rand.New(rand.NewPCG(seed, 1)), nextID: 1,
 				oracle: oracle{{}, {}}, checkpoints: make([]uint64, 2),
 			}
-			w.must(Create(t.Context(), c, name))
-			w.reopen(name)
+			e.must(Create(t.Context(), c, name))
+			e.reopen(name)
 			for range 120 {
-				w.step(name)
+				e.step(name)
 			}
-			w.snapshot(name)
-			w.must(w.s.Compact(t.Context()))
-			w.collect(t.Context())
-			ref := w.s.collection
+			e.snapshot(name)
+			e.must(e.s.Compact(t.Context()))
+			e.collect(t.Context())
+			ref := e.s.collection
 			_, err := c.Catalog.DropCollection(t.Context(), &api.DropCollectionRequest{Collection: ref})
-			w.must(err)
-			if _, _, err := Open(t.Context(), c, w.dir, name); client.Reason(err) != "COLLECTION_NOT_FOUND" {
+			e.must(err)
+			if _, _, err := Open(t.Context(), c, e.dir, name); client.Reason(err) != "COLLECTION_NOT_FOUND" {
 				t.Errorf("open the dropped collection: got %v", err)
 			}
-			for _, snap := range w.taken {
-				w.verify(snap)
-				w.restore(snap)
+			for _, snap := range e.taken {
+				e.verify(snap)
+				e.restore(snap)
 			}
-			w.goOn(w.taken[len(w.taken)-1])
-			if w.straddling == 0 || w.captured == 0 || w.apart == 0 || w.deleted == 0 || w.ceilings == 0 {
+			e.goOn(e.taken[len(e.taken)-1])
+			if e.straddling == 0 || e.captured == 0 || e.apart == 0 || e.deleted == 0 || e.ceilings == 0 {
 				t.Errorf("too few cases: %d straddling segments, %d growing ones captured, "+
 					"%d snapshots with cuts apart, %d files deleted, %d ceilings restored",
-					w.straddling, w.captured, w.apart, w.deleted, w.ceilings)
+					e.straddling, e.captured, e.apart, e.deleted, e.ceilings)
 			}
 		})
 	}
 }
 
-func (w *env) must(err error) {
-	w.t.Helper()
+func (e *env) must(err error) {
+	e.t.Helper()
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 }
 
 // step runs one random operation.
-func (w *env) step(name string) {
-	ctx := w.t.Context()
-	switch n := w.rnd.IntN(100); {
+func (e *env) step(name string) {
+	ctx := e.t.Context()
+	switch n := e.rnd.IntN(100); {
 	case n < 40:
-		for range 1 + w.rnd.IntN(30) {
-			w.write(inserts, random(w.rnd.Uint64(), w.nextID))
-			w.nextID++
+		for range 1 + e.rnd.IntN(30) {
+			e.write(inserts, random(e.rnd.Uint64(), e.nextID))
+			e.nextID++
 		}
 	case n < 60:
-		for range 1 + w.rnd.IntN(8) {
-			w.write(deletes, Row{ID: 1 + w.rnd.Int64N(w.nextID)})
+		for range 1 + e.rnd.IntN(8) {
+			e.write(deletes, Row{ID: 1 + e.rnd.Int64N(e.nextID)})
 		}
 	case n < 75:
-		w.flushPart(ctx)
+		e.flushPart(ctx)
 	case n < 80:
-		w.seal(ctx)
+		e.seal(ctx)
 	case n < 84:
-		w.must(w.s.Flush(ctx))
-		copy(w.checkpoints, w.s.clocks)
+		e.must(e.s.Flush(ctx))
+		copy(e.checkpoints, e.s.clocks)
 	case n < 87:
-		if segments, err := w.s.segments(ctx); err != nil || len(segments) > 0 {
-			w.must(err)
-			w.must(w.s.Compact(ctx))
-			copy(w.checkpoints, w.s.clocks)
-			w.growing = nil
+		if segments, err := e.s.segments(ctx); err != nil || len(segments) > 0 {
+			e.must(err)
+			e.must(e.s.Compact(ctx))
+			copy(e.checkpoints, e.s.clocks)
+			e.growing = nil
 		}
 	case n < 90:
-		w.reopen(name)
-	case n < 92 && len(w.taken) > 0:
-		at := w.rnd.IntN(len(w.taken))
-		drop(w.t, w.c, w.taken[at].name)
-		w.taken = slices.Delete(w.taken, at, at+1)
+		e.reopen(name)
+	case n < 92 && len(e.taken) > 0:
+		at := e.rnd.IntN(len(e.taken))
+		drop(e.t, e.c, e.taken[at].name)
+		e.taken = slices.Delete(e.taken, at, at+1)
 		fallthrough
 	case n < 94:
-		w.collect(ctx)
+		e.collect(ctx)
 	default:
-		w.snapshot(name)
+		e.snapshot(name)
 	}
 }
 
 // write writes a row to the engine and the oracle.
-func (w *env) write(what api.Segment_Level, r Row) {
-	old := slices.Clone(w.s.clocks)
-	w.s.Write(what, r)
-	for ch, clock := range w.s.clocks {
+func (e *env) write(what api.Segment_Level, r Row) {
+	old := slices.Clone(e.s.clocks)
+	e.s.Write(what, r)
+	for ch, clock := range e.s.clocks {
 		if clock != old[ch] {
 			r.Time = old[ch]
-			w.oracle[ch][what] = append(w.oracle[ch][what], r)
+			e.oracle[ch][what] = append(e.oracle[ch][what], r)
 		}
 	}
 }
 
 // flushPart writes the inserts or the deletes of one channel to files, as a growing
 // segment, and advances the channel's checkpoint by less than possible.
-func (w *env) flushPart(ctx context.Context) {
-	ch := w.rnd.IntN(2)
-	for what, rows := range w.s.growing[ch] {
-		seg, err := w.s.write(ctx, int32(ch), what, rows)
-		w.must(err)
+func (e *env) flushPart(ctx context.Context) {
+	ch := e.rnd.IntN(2)
+	for what, rows := range e.s.growing[ch] {
+		seg, err := e.s.write(ctx, int32(ch), what, rows)
+		e.must(err)
 		seg.State = api.Segment_STATE_GROWING
 		files := seg.GetFiles()
-		if w.rnd.IntN(2) == 0 { // its files are registered later
+		if e.rnd.IntN(2) == 0 { // its files are registered later
 			seg.Files = nil
 		}
-		stream, err := w.c.Catalog.AddSegments(ctx)
-		w.must(err)
-		w.must(stream.Send(&api.AddSegmentsRequest{Collection: w.s.collection, Segments: []*api.Segment{seg}}))
+		stream, err := e.c.Catalog.AddSegments(ctx)
+		e.must(err)
+		e.must(stream.Send(&api.AddSegmentsRequest{Collection: e.s.collection, Segments: []*api.Segment{seg}}))
 		_, err = stream.CloseAndRecv()
-		w.must(err)
+		e.must(err)
 		if seg.GetFiles() == nil {
-			w.must(w.update(ctx, &api.SegmentUpdate{SegmentId: seg.GetId(), AddFiles: files}))
+			e.must(e.update(ctx, &api.SegmentUpdate{SegmentId: seg.GetId(), AddFiles: files}))
 		}
-		w.growing = append(w.growing, seg.GetId())
-		delete(w.s.growing[ch], what)
+		e.growing = append(e.growing, seg.GetId())
+		delete(e.s.growing[ch], what)
 		break
 	}
-	limit := w.s.clocks[ch]
-	for _, rows := range w.s.growing[ch] {
+	limit := e.s.clocks[ch]
+	for _, rows := range e.s.growing[ch] {
 		limit = min(limit, rows[0].Time)
 	}
-	from := max(w.checkpoints[ch], 1) // where clocks start
-	to := from + w.rnd.Uint64N(limit-from+1)
-	_, err := w.c.Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
-		Collection:  w.s.collection,
+	from := max(e.checkpoints[ch], 1) // where clocks start
+	to := from + e.rnd.Uint64N(limit-from+1)
+	_, err := e.c.Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
+		Collection:  e.s.collection,
 		Checkpoints: []*api.ChannelPosition{{Shard: int32(ch), Position: &api.Position{Timestamp: to}}},
 	})
-	w.must(err)
-	w.checkpoints[ch] = to
+	e.must(err)
+	e.checkpoints[ch] = to
 }
 
 // seal changes growing segments to flushed.
-func (w *env) seal(ctx context.Context) {
-	for _, id := range w.growing {
-		w.must(w.update(ctx, &api.SegmentUpdate{SegmentId: id, State: api.Segment_STATE_FLUSHED}))
+func (e *env) seal(ctx context.Context) {
+	for _, id := range e.growing {
+		e.must(e.update(ctx, &api.SegmentUpdate{SegmentId: id, State: api.Segment_STATE_FLUSHED}))
 	}
-	w.growing = nil
+	e.growing = nil
 }
 
-func (w *env) update(ctx context.Context, u *api.SegmentUpdate) error {
-	_, err := w.c.Catalog.UpdateSegments(ctx, &api.UpdateSegmentsRequest{
-		Collection: w.s.collection, Updates: []*api.SegmentUpdate{u}, RequestToken: client.NewRequestToken(),
+func (e *env) update(ctx context.Context, u *api.SegmentUpdate) error {
+	_, err := e.c.Catalog.UpdateSegments(ctx, &api.UpdateSegmentsRequest{
+		Collection: e.s.collection, Updates: []*api.SegmentUpdate{u}, RequestToken: client.NewRequestToken(),
 	})
 	return err
 }
 
 // reopen opens the collection again, as after a crash: the engine has no log, so rows
 // in memory are lost. All others must exist.
-func (w *env) reopen(name string) {
-	if w.s != nil {
-		for ch, memory := range w.s.growing {
+func (e *env) reopen(name string) {
+	if e.s != nil {
+		for ch, memory := range e.s.growing {
 			for what, rows := range memory {
-				w.oracle[ch][what] = slices.DeleteFunc(w.oracle[ch][what], func(r Row) bool { return r.Time >= rows[0].Time })
+				e.oracle[ch][what] = slices.DeleteFunc(e.oracle[ch][what], func(r Row) bool { return r.Time >= rows[0].Time })
 			}
 		}
 	}
-	s, rows, err := Open(w.t.Context(), w.c, w.dir, name)
-	w.must(err)
-	w.s = s
-	w.same("opened", rows, w.oracle.at([]uint64{math.MaxUint64, math.MaxUint64}))
+	s, rows, err := Open(e.t.Context(), e.c, e.dir, name)
+	e.must(err)
+	e.s = s
+	e.same("opened", rows, e.oracle.at([]uint64{math.MaxUint64, math.MaxUint64}))
 }
 
-func (w *env) snapshot(name string) {
-	ctx := w.t.Context()
-	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, w.snapshots), cuts: slices.Clone(w.checkpoints)}
-	resp, err := w.c.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
-		Collection: w.s.collection, Name: snap.name, RequestToken: client.NewRequestToken(),
+func (e *env) snapshot(name string) {
+	ctx := e.t.Context()
+	snap := snapshotOf{name: fmt.Sprintf("%s.%d", name, e.snapshots), cuts: slices.Clone(e.checkpoints)}
+	resp, err := e.c.Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
+		Collection: e.s.collection, Name: snap.name, RequestToken: client.NewRequestToken(),
 	})
-	if client.Reason(err) == "CHECKPOINT_MISSING" && slices.Contains(w.checkpoints, 0) {
+	if client.Reason(err) == "CHECKPOINT_MISSING" && slices.Contains(e.checkpoints, 0) {
 		return
 	}
-	w.must(err)
+	e.must(err)
 	got := make([]uint64, 2)
 	for _, p := range resp.GetSnapshot().GetCuts() {
 		got[p.GetShard()] = p.GetPosition().GetTimestamp()
 	}
 	if !slices.Equal(got, snap.cuts) {
-		w.t.Errorf("%s: got cuts %d, want %d", snap.name, got, snap.cuts)
+		e.t.Errorf("%s: got cuts %d, want %d", snap.name, got, snap.cuts)
 	}
-	snap.want = w.oracle.at(snap.cuts)
-	w.taken = append(w.taken, snap)
-	w.snapshots++
-	w.straddling += resp.GetSnapshot().GetTotals().GetStraddlingSegments()
+	snap.want = e.oracle.at(snap.cuts)
+	e.taken = append(e.taken, snap)
+	e.snapshots++
+	e.straddling += resp.GetSnapshot().GetTotals().GetStraddlingSegments()
 	if snap.cuts[0] != snap.cuts[1] {
-		w.apart++
+		e.apart++
 	}
-	list, err := w.c.Snapshots.ListSnapshotSegments(ctx, &api.ListSnapshotSegmentsRequest{
+	list, err := e.c.Snapshots.ListSnapshotSegments(ctx, &api.ListSnapshotSegmentsRequest{
 		Snapshot: &api.SnapshotRef{Ref: &api.SnapshotRef_Id{Id: resp.GetSnapshot().GetId()}},
 	})
-	w.must(err)
+	e.must(err)
 	for _, x := range list.GetSegments() {
 		if x.GetSegment().GetState() == api.Segment_STATE_GROWING {
-			w.captured++
+			e.captured++
 		}
 	}
 }
 
-func (w *env) collect(ctx context.Context) {
-	deleted, _, err := w.s.Collect(ctx)
-	w.must(err)
-	w.deleted += int64(deleted)
+func (e *env) collect(ctx context.Context) {
+	deleted, _, err := e.s.Collect(ctx)
+	e.must(err)
+	e.deleted += int64(deleted)
 }
 
 // verify compares the rows of a snapshot with the oracle.
-func (w *env) verify(snap snapshotOf) {
-	_, rows, err := OpenSnapshot(w.t.Context(), w.c, w.dir, snap.name)
-	w.must(err)
-	w.same(fmt.Sprintf("%s with cuts %d", snap.name, snap.cuts), rows, snap.want)
+func (e *env) verify(snap snapshotOf) {
+	_, rows, err := OpenSnapshot(e.t.Context(), e.c, e.dir, snap.name)
+	e.must(err)
+	e.same(fmt.Sprintf("%s with cuts %d", snap.name, snap.cuts), rows, snap.want)
 }
 
 // restoredName is the name of the collection restored from a snapshot.
 func restoredName(snap snapshotOf) string { return snap.name + ".restored" }
 
 // restore restores a snapshot and compares the rows of the collection with the oracle.
-func (w *env) restore(snap snapshotOf) {
-	ctx := w.t.Context()
-	started, err := w.c.Snapshots.RestoreSnapshot(ctx, restoreOf(snap.name, restoredName(snap)))
-	w.must(err)
-	job, err := client.WaitRestore(ctx, w.c.Snapshots, started.GetJobId())
-	w.must(err)
+func (e *env) restore(snap snapshotOf) {
+	ctx := e.t.Context()
+	started, err := e.c.Snapshots.RestoreSnapshot(ctx, restoreOf(snap.name, restoredName(snap)))
+	e.must(err)
+	job, err := client.WaitRestore(ctx, e.c.Snapshots, started.GetJobId())
+	e.must(err)
 	if job.GetState() != api.RestoreJob_STATE_COMPLETED {
-		w.t.Fatalf("restore of %s: %v", snap.name, job)
+		e.t.Fatalf("restore of %s: %v", snap.name, job)
 	}
-	s, rows, err := Open(ctx, w.c, w.dir, restoredName(snap))
-	w.must(err)
-	w.same(fmt.Sprintf("%s with cuts %d, restored", snap.name, snap.cuts), rows, snap.want)
+	s, rows, err := Open(ctx, e.c, e.dir, restoredName(snap))
+	e.must(err)
+	e.same(fmt.Sprintf("%s with cuts %d, restored", snap.name, snap.cuts), rows, snap.want)
 	segments, err := s.segments(ctx)
-	w.must(err)
+	e.must(err)
 	for _, seg := range segments {
 		if seg.GetRowCeiling() != 0 {
-			w.ceilings++
+			e.ceilings++
 		}
 		if seg.GetState() != api.Segment_STATE_FLUSHED {
-			w.t.Errorf("segment %d of %s is %v", seg.GetId(), restoredName(snap), seg.GetState())
+			e.t.Errorf("segment %d of %s is %v", seg.GetId(), restoredName(snap), seg.GetState())
 		}
 	}
 }
 
 // goOn runs random operations on a restored collection, and compares its snapshots
 // with an oracle.
-func (w *env) goOn(snap snapshotOf) {
+func (e *env) goOn(snap snapshotOf) {
 	name := restoredName(snap)
-	for ch, written := range w.oracle {
+	for ch, written := range e.oracle {
 		for what := range written {
 			written[what] = slices.DeleteFunc(written[what], func(r Row) bool { return r.Time >= snap.cuts[ch] })
 		}
 	}
-	w.s, w.checkpoints, w.growing, w.taken, w.snapshots = nil, slices.Clone(snap.cuts), nil, nil, 0
-	w.reopen(name)
+	e.s, e.checkpoints, e.growing, e.taken, e.snapshots = nil, slices.Clone(snap.cuts), nil, nil, 0
+	e.reopen(name)
 	for range 40 {
-		w.step(name)
+		e.step(name)
 	}
-	w.snapshot(name)
-	for _, snap := range w.taken {
-		w.verify(snap)
-		w.restore(snap)
+	e.snapshot(name)
+	for _, snap := range e.taken {
+		e.verify(snap)
+		e.restore(snap)
 	}
 }
 
@@ -364,8 +364,8 @@ func restoreOf(snapshot, target string) *api.RestoreSnapshotRequest {
 }
 
 // same compares rows in any order.
-func (w *env) same(what string, got, want []Row) {
-	w.t.Helper()
+func (e *env) same(what string, got, want []Row) {
+	e.t.Helper()
 	if digest(got) == digest(want) {
 		return
 	}
@@ -380,7 +380,7 @@ func (w *env) same(what string, got, want []Row) {
 	missing, extra := maps.Clone(wants), maps.Clone(has)
 	maps.DeleteFunc(missing, func(id int64, _ uint64) bool { _, ok := has[id]; return ok })
 	maps.DeleteFunc(extra, func(id int64, _ uint64) bool { _, ok := wants[id]; return ok })
-	w.t.Errorf(
+	e.t.Errorf(
 		"%s: got %d rows, want %d; missing, with their times: %v; unexpected: %v", what, len(got), len(want), missing, extra,
 	)
 }

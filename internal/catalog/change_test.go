@@ -23,73 +23,73 @@ import (
 
 func testCompaction(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 200)
-	inputs := r.add(t, ids[:100]...)
-	revision, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
-		catalog.SegmentChange{Drop: ids[:59], Add: r.segments(ids[100:101])})
+	e := newEnv(t, kv)
+	ids := e.ids(t, 200)
+	inputs := e.add(t, ids[:100]...)
+	revision, err := e.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
+		catalog.SegmentChange{Drop: ids[:59], Add: e.segments(ids[100:101])})
 	if err != nil {
 		t.Fatalf("60 inputs and outputs: %v", err)
 	}
 	want := append(slices.Clone(ids[59:100]), ids[100])
-	if got := r.scan(t, revision); !slices.Equal(got, want) {
+	if got := e.scan(t, revision); !slices.Equal(got, want) {
 		t.Errorf("after: %v, want %v", got, want)
 	}
-	if got := r.scan(t, revision-1); !slices.Equal(got, ids[:100]) {
+	if got := e.scan(t, revision-1); !slices.Equal(got, ids[:100]) {
 		t.Errorf("before: %v, want %v", got, ids[:100])
 	}
-	units := r.units(t)
+	units := e.units(t)
 	if got := unitIDs(units); !slices.Equal(got, ids[:59]) {
 		t.Errorf("units: %v, want %v", got, ids[:59])
 	}
 	// The unit says what it was, files included.
 	rec := units[ids[0]].GetSegment()
 	rec.State = uint32(inputs[0].State)
-	change := func(swap catalog.SegmentChange) func() error { return func() error { return r.change(ctx, swap) } }
-	r.refused(t, "61 inputs and outputs", catalog.ErrInvalid,
-		change(catalog.SegmentChange{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: r.segments(ids[110:129])}))
-	r.refused(t, "an input that is gone", catalog.ErrSegmentNotFound,
-		change(catalog.SegmentChange{Drop: ids[58:60], Add: r.segments(ids[101:102])}))
-	r.refused(t, "an input that never was", catalog.ErrSegmentNotFound,
-		change(catalog.SegmentChange{Drop: ids[150:151], Add: r.segments(ids[101:102])}))
-	r.refused(t, "an input twice", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: []int64{ids[60], ids[60]}}))
-	r.refused(t, "an input that is updated", catalog.ErrInvalid,
+	change := func(swap catalog.SegmentChange) func() error { return func() error { return e.change(ctx, swap) } }
+	e.refused(t, "61 inputs and outputs", catalog.ErrInvalid,
+		change(catalog.SegmentChange{Drop: append(slices.Clone(ids[59:100]), ids[100]), Add: e.segments(ids[110:129])}))
+	e.refused(t, "an input that is gone", catalog.ErrSegmentNotFound,
+		change(catalog.SegmentChange{Drop: ids[58:60], Add: e.segments(ids[101:102])}))
+	e.refused(t, "an input that never was", catalog.ErrSegmentNotFound,
+		change(catalog.SegmentChange{Drop: ids[150:151], Add: e.segments(ids[101:102])}))
+	e.refused(t, "an input twice", catalog.ErrInvalid, change(catalog.SegmentChange{Drop: []int64{ids[60], ids[60]}}))
+	e.refused(t, "an input that is updated", catalog.ErrInvalid,
 		change(catalog.SegmentChange{Drop: ids[60:61], Update: []catalog.Update{{Segment: ids[60]}}}))
-	r.refused(t, "an output that is an input", catalog.ErrInvalid,
-		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[60:61])}))
-	r.refused(t, "an output that is there", catalog.ErrSegmentExists,
-		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[61:62])}))
-	r.refused(t, "an output that was dropped", catalog.ErrSegmentExists,
-		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[:1])}))
-	r.refused(t, "an output with an unallocated id", catalog.ErrIDNotAllocated,
-		change(catalog.SegmentChange{Drop: ids[60:61], Add: r.segments([]int64{1 << 50})}))
-	r.refused(t, "no such collection", catalog.ErrCollectionNotFound, func() error {
-		_, err := r.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "none"}, catalog.SegmentChange{Drop: ids[60:61]})
+	e.refused(t, "an output that is an input", catalog.ErrInvalid,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: e.segments(ids[60:61])}))
+	e.refused(t, "an output that is there", catalog.ErrSegmentExists,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: e.segments(ids[61:62])}))
+	e.refused(t, "an output that was dropped", catalog.ErrSegmentExists,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: e.segments(ids[:1])}))
+	e.refused(t, "an output with an unallocated id", catalog.ErrIDNotAllocated,
+		change(catalog.SegmentChange{Drop: ids[60:61], Add: e.segments([]int64{1 << 50})}))
+	e.refused(t, "no such collection", catalog.ErrCollectionNotFound, func() error {
+		_, err := e.Change(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "none"}, catalog.SegmentChange{Drop: ids[60:61]})
 		return err
 	})
 	// An output that is registered, or dropped, between the check and the write.
 	hooked := open(&beforeTxn{KV: kv, do: func() {
-		if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[130:131])); err != nil {
+		if _, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[130:131])); err != nil {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref,
-		catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, e.ref,
+		catalog.SegmentChange{Drop: ids[60:61], Add: e.segments(ids[130:131])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered meanwhile: %v", err)
 	}
 	hooked = open(&beforeTxn{KV: kv, do: func() {
-		if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[131:132])); err != nil {
+		if _, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[131:132])); err != nil {
 			t.Error(err)
 		}
-		if _, err := r.DropSegments(ctx, r.ref, ids[131:132]); err != nil {
+		if _, err := e.DropSegments(ctx, e.ref, ids[131:132]); err != nil {
 			t.Error(err)
 		}
 	}})
-	if _, err := hooked.Change(ctx, request.Token{}, r.ref,
-		catalog.SegmentChange{Drop: ids[60:61], Add: r.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
+	if _, err := hooked.Change(ctx, request.Token{}, e.ref,
+		catalog.SegmentChange{Drop: ids[60:61], Add: e.segments(ids[131:132])}); !errors.Is(err, catalog.ErrSegmentExists) {
 		t.Errorf("output registered and dropped meanwhile: %v", err)
 	}
-	if err := r.change(ctx, catalog.SegmentChange{Drop: ids[60:61]}); err != nil {
+	if err := e.change(ctx, catalog.SegmentChange{Drop: ids[60:61]}); err != nil {
 		t.Errorf("the input was touched: %v", err)
 	}
 }
@@ -98,10 +98,10 @@ func testCompaction(t *testing.T, kv meta.KV) {
 // compactions run and compete.
 func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	const rounds, width = 30, 4
-	ids := r.ids(t, rounds*width*2+width)
-	r.add(t, ids[:width]...)
+	ids := e.ids(t, rounds*width*2+width)
+	e.add(t, ids[:width]...)
 	var mu sync.Mutex
 	legal := map[string]bool{fmt.Sprint(ids[:width]): true}
 	seen := map[string]bool{}
@@ -118,7 +118,7 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 				default:
 				}
 				var got []int64
-				if _, err := c.ScanSegments(ctx, r.col.ID, 0, func(batch []segment.Segment) error {
+				if _, err := c.ScanSegments(ctx, e.col.ID, 0, func(batch []segment.Segment) error {
 					for i := range batch {
 						got = append(got, batch[i].ID)
 					}
@@ -149,7 +149,7 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 		for i, out := range swaps {
 			c := open(kv)
 			wg.Go(func() {
-				_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Drop: live, Add: r.segments(out)})
+				_, err := c.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{Drop: live, Add: e.segments(out)})
 				won[i] = err == nil
 				if err != nil && !errors.Is(err, catalog.ErrSegmentNotFound) {
 					t.Error(err)
@@ -176,21 +176,21 @@ func testCompactionIsAtomic(t *testing.T, kv meta.KV) {
 	if reads.Load() == 0 {
 		t.Error("no read")
 	}
-	if got := r.scan(t, 0); !slices.Equal(got, live) {
+	if got := e.scan(t, 0); !slices.Equal(got, live) {
 		t.Errorf("in the end %v, want %v", got, live)
 	}
 }
 
 func testUpdate(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 20)
-	s := r.makeSegment(ids[0], 3)
+	e := newEnv(t, kv)
+	ids := e.ids(t, 20)
+	s := e.makeSegment(ids[0], 3)
 	s.State = segment.Growing
-	if _, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s}); err != nil {
+	if _, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{s}); err != nil {
 		t.Fatal(err)
 	}
-	_, revision, err := r.Segment(ctx, r.ref, s.ID)
+	_, revision, err := e.Segment(ctx, e.ref, s.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func testUpdate(t *testing.T, kv meta.KV) {
 	dml := segment.Position{Timestamp: 99, Opaque: []byte("p")}
 	gone := []segment.File{s.Files[0], s.Files[2]}
 	fresh := segment.File{Kind: "new", Path: "new/1", Size: 5}
-	at, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
+	at, err := e.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{Update: []catalog.Update{{
 		Segment: s.ID, Revision: revision, State: segment.Flushed, Rows: &rows, DML: &dml, Sorted: &sorted, EngineData: &data,
 		RemoveFiles: []catalog.FilePath{{Path: gone[0].Path}, {Path: gone[1].Path}}, AddFiles: []segment.File{fresh},
 	}}})
@@ -208,13 +208,13 @@ func testUpdate(t *testing.T, kv meta.KV) {
 	want := s
 	want.State, want.Rows, want.DML, want.Sorted, want.EngineData = segment.Flushed, rows, dml, sorted, data
 	want.Files = []segment.File{s.Files[1], fresh}
-	got, revision, err := r.Segment(ctx, r.ref, s.ID)
+	got, revision, err := e.Segment(ctx, e.ref, s.ID)
 	if err != nil || revision != at {
 		t.Fatalf("at %d, want %d: %v", revision, at, err)
 	}
 	sameSegments(t, want, got)
 
-	units := r.units(t)
+	units := e.units(t)
 	if len(units) != 1 {
 		t.Fatalf("units: %v", units)
 	}
@@ -222,11 +222,11 @@ func testUpdate(t *testing.T, kv meta.KV) {
 		if u.GetKind() != 3 || u.GetSegmentId() != s.ID || id == s.ID {
 			t.Errorf("unit %d: %v", id, u)
 		}
-		if _, ok, err := r.Allocated(ctx, id); err != nil || !ok {
+		if _, ok, err := e.Allocated(ctx, id); err != nil || !ok {
 			t.Errorf("unit %d has an unallocated id", id)
 		}
-		part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
-			Key:   keys.Segment(r.col.ID, u.GetSegmentId()),
+		part, err := catalog.DecodeSegment(e.col.ID, meta.KeyValue{
+			Key:   keys.Segment(e.col.ID, u.GetSegmentId()),
 			Value: mustEncode(u.GetSegment()),
 		})
 		if err != nil {
@@ -240,29 +240,29 @@ func testUpdate(t *testing.T, kv meta.KV) {
 
 	update := func(u catalog.Update) func() error {
 		u.Segment = s.ID
-		return func() error { return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
+		return func() error { return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
 	}
 	negative := int64(-1)
-	r.refused(t, "an old revision", catalog.ErrRevisionChanged, update(catalog.Update{Revision: revision - 1}))
-	r.refused(t, "a file that is not there", catalog.ErrFileNotFound,
+	e.refused(t, "an old revision", catalog.ErrRevisionChanged, update(catalog.Update{Revision: revision - 1}))
+	e.refused(t, "a file that is not there", catalog.ErrFileNotFound,
 		update(catalog.Update{RemoveFiles: []catalog.FilePath{{Path: gone[0].Path}}}))
-	r.refused(t, "a file of another root", catalog.ErrFileNotFound,
+	e.refused(t, "a file of another root", catalog.ErrFileNotFound,
 		update(catalog.Update{RemoveFiles: []catalog.FilePath{{Root: 1, Path: fresh.Path}}}))
-	r.refused(t, "a file that is there", catalog.ErrFileExists, update(catalog.Update{AddFiles: []segment.File{fresh}}))
-	r.refused(t, "a file removed and added", catalog.ErrFileExists, update(catalog.Update{
+	e.refused(t, "a file that is there", catalog.ErrFileExists, update(catalog.Update{AddFiles: []segment.File{fresh}}))
+	e.refused(t, "a file removed and added", catalog.ErrFileExists, update(catalog.Update{
 		RemoveFiles: []catalog.FilePath{{Path: fresh.Path}}, AddFiles: []segment.File{fresh},
 	}))
-	r.refused(t, "negative rows", catalog.ErrInvalid, update(catalog.Update{Rows: &negative}))
-	r.refused(t, "a file that escapes", catalog.ErrInvalid,
+	e.refused(t, "negative rows", catalog.ErrInvalid, update(catalog.Update{Rows: &negative}))
+	e.refused(t, "a file that escapes", catalog.ErrInvalid,
 		update(catalog.Update{AddFiles: []segment.File{{Kind: "k", Path: "../x"}}}))
-	r.refused(t, "no such segment", catalog.ErrSegmentNotFound, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[9]}}})
+	e.refused(t, "no such segment", catalog.ErrSegmentNotFound, func() error {
+		return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[9]}}})
 	})
-	r.refused(t, "one twice", catalog.ErrInvalid, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID}, {Segment: s.ID}}})
+	e.refused(t, "one twice", catalog.ErrInvalid, func() error {
+		return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID}, {Segment: s.ID}}})
 	})
-	r.refused(t, "an empty change", nil, func() error {
-		at, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{})
+	e.refused(t, "an empty change", nil, func() error {
+		at, err := e.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{})
 		if err == nil && at < revision {
 			t.Errorf("at %d, want at least %d", at, revision)
 		}
@@ -274,11 +274,11 @@ func testUpdate(t *testing.T, kv meta.KV) {
 // TestFlushedWithoutFiles has a swap leave rows without a file that holds them: no
 // snapshot would have these.
 func TestFlushedWithoutFiles(t *testing.T) {
-	r := newEnv(t, memory.New(memory.Options{}))
-	ids := r.ids(t, 6)
-	whole, growing := r.makeSegment(ids[0], 1), r.makeSegment(ids[1], 1)
+	e := newEnv(t, memory.New(memory.Options{}))
+	ids := e.ids(t, 6)
+	whole, growing := e.makeSegment(ids[0], 1), e.makeSegment(ids[1], 1)
 	growing.State, growing.Files = segment.Growing, nil
-	if _, _, err := r.AddSegments(t.Context(), r.col.ID, []segment.Segment{whole, growing}); err != nil {
+	if _, _, err := e.AddSegments(t.Context(), e.col.ID, []segment.Segment{whole, growing}); err != nil {
 		t.Fatal(err)
 	}
 	all := func(s *segment.Segment) (paths []catalog.FilePath) {
@@ -288,7 +288,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 		return paths
 	}
 	none := int64(0)
-	bare := r.makeSegment(ids[2], 1)
+	bare := e.makeSegment(ids[2], 1)
 	bare.Files = nil
 	flushed := catalog.Update{Segment: growing.ID, State: segment.Flushed}
 	for name, swap := range map[string]catalog.SegmentChange{
@@ -296,9 +296,9 @@ func TestFlushedWithoutFiles(t *testing.T) {
 		"removes its files":         {Update: []catalog.Update{{Segment: whole.ID, RemoveFiles: all(&whole)}}},
 		"compacts to one with none": {Drop: []int64{whole.ID}, Add: []segment.Segment{bare}},
 	} {
-		r.refused(t, name, catalog.ErrInvalid, func() error { return r.change(t.Context(), swap) })
+		e.refused(t, name, catalog.ErrInvalid, func() error { return e.change(t.Context(), swap) })
 	}
-	flushedNow := r.makeSegment(ids[1], 1)
+	flushedNow := e.makeSegment(ids[1], 1)
 	flushed.AddFiles = flushedNow.Files
 	for name, swap := range map[string]catalog.SegmentChange{
 		"flushes with its files": {Update: []catalog.Update{flushed}},
@@ -307,7 +307,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 			Rows: &none,
 		}}},
 	} {
-		if err := r.change(t.Context(), swap); err != nil {
+		if err := e.change(t.Context(), swap); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -315,7 +315,7 @@ func TestFlushedWithoutFiles(t *testing.T) {
 
 func TestSegmentStates(t *testing.T) {
 	ctx := t.Context()
-	r := newEnv(t, memory.New(memory.Options{}))
+	e := newEnv(t, memory.New(memory.Options{}))
 	type move struct{ from, to segment.State }
 	legal := map[move]bool{
 		{segment.Growing, segment.Sealed}: true, {segment.Growing, segment.Flushed}: true,
@@ -323,10 +323,10 @@ func TestSegmentStates(t *testing.T) {
 	}
 	for from := segment.Growing; from <= segment.Importing; from++ {
 		for to := segment.State(-1); to <= segment.Dropped+1; to++ {
-			id := r.ids(t, 1)[0]
-			s := r.makeSegment(id, 1)
+			id := e.ids(t, 1)[0]
+			s := e.makeSegment(id, 1)
 			s.State = from
-			if _, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s}); err != nil {
+			if _, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{s}); err != nil {
 				t.Fatal(err)
 			}
 			swap := catalog.SegmentChange{Update: []catalog.Update{{Segment: id, State: to}}}
@@ -334,32 +334,32 @@ func TestSegmentStates(t *testing.T) {
 				if to == 0 { // no change
 					want = from
 				}
-				if err := r.change(ctx, swap); err != nil {
+				if err := e.change(ctx, swap); err != nil {
 					t.Errorf("%v to %v: %v", from, to, err)
 				}
-				if got, _, err := r.Segment(ctx, r.ref, id); err != nil || got.State != want {
+				if got, _, err := e.Segment(ctx, e.ref, id); err != nil || got.State != want {
 					t.Errorf("%v to %v: %v, %v", from, to, got.State, err)
 				}
 				continue
 			}
-			r.refused(t, fmt.Sprintf("%v to %v", from, to), catalog.ErrSegmentState, func() error { return r.change(ctx, swap) })
+			e.refused(t, fmt.Sprintf("%v to %v", from, to), catalog.ErrSegmentState, func() error { return e.change(ctx, swap) })
 		}
 	}
 }
 
 func testBuilds(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	x, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "i"})
+	e := newEnv(t, kv)
+	x, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "i"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	y, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "j"})
+	y, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "j"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	ids := r.ids(t, 30)
-	r.add(t, ids[0], ids[1])
+	ids := e.ids(t, 30)
+	e.add(t, ids[0], ids[1])
 	build := func(id, index int64) segment.Build {
 		return segment.Build{
 			ID: id, Index: index, Field: 101, Params: map[string]string{"M": "1"},
@@ -371,7 +371,7 @@ func testBuilds(t *testing.T, kv meta.KV) {
 	}
 	update := func(u catalog.Update) func() error {
 		u.Segment = ids[0]
-		return func() error { return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
+		return func() error { return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{u}}) }
 	}
 	first, second, third := build(ids[2], x.ID), build(ids[3], x.ID), build(ids[4], y.ID)
 	for _, b := range []segment.Build{first, third, second} { // the second takes the place of the first
@@ -379,20 +379,20 @@ func testBuilds(t *testing.T, kv meta.KV) {
 			t.Fatal(err)
 		}
 	}
-	got, _, err := r.Segment(ctx, r.ref, ids[0])
+	got, _, err := e.Segment(ctx, e.ref, ids[0])
 	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]segment.Build{third, second}, got.Builds, cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	units := r.units(t)
+	units := e.units(t)
 	u := units[first.ID]
 	if len(units) != 1 || u.GetKind() != 2 || u.GetSegmentId() != ids[0] {
 		t.Fatalf("units: %v", units)
 	}
-	part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
-		Key:   keys.Segment(r.col.ID, ids[0]),
+	part, err := catalog.DecodeSegment(e.col.ID, meta.KeyValue{
+		Key:   keys.Segment(e.col.ID, ids[0]),
 		Value: mustEncode(u.GetSegment()),
 	})
 	if err != nil || len(part.Files) != 0 {
@@ -402,128 +402,128 @@ func testBuilds(t *testing.T, kv meta.KV) {
 		t.Errorf("unit (-want +got):\n%s", diff)
 	}
 
-	r.refused(t, "a build that is there", catalog.ErrIndexBuildExists,
+	e.refused(t, "a build that is there", catalog.ErrIndexBuildExists,
 		update(catalog.Update{AddBuilds: []segment.Build{second}}))
-	r.refused(t, "a build that was replaced", catalog.ErrIndexBuildExists,
+	e.refused(t, "a build that was replaced", catalog.ErrIndexBuildExists,
 		update(catalog.Update{AddBuilds: []segment.Build{first}}))
-	r.refused(t, "a build removed and added", catalog.ErrIndexBuildExists,
+	e.refused(t, "a build removed and added", catalog.ErrIndexBuildExists,
 		update(catalog.Update{RemoveBuilds: []int64{second.ID}, AddBuilds: []segment.Build{second}}))
-	r.refused(t, "two of one index", catalog.ErrInvalid,
+	e.refused(t, "two of one index", catalog.ErrInvalid,
 		update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], x.ID), build(ids[6], x.ID)}}))
-	r.refused(t, "a build that is not there", catalog.ErrIndexNotFound,
+	e.refused(t, "a build that is not there", catalog.ErrIndexNotFound,
 		update(catalog.Update{RemoveBuilds: []int64{ids[9]}}))
-	r.refused(t, "an index that is not there", catalog.ErrIndexNotFound,
+	e.refused(t, "an index that is not there", catalog.ErrIndexNotFound,
 		update(catalog.Update{AddBuilds: []segment.Build{build(ids[5], 1<<40)}}))
-	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated,
+	e.refused(t, "an unallocated id", catalog.ErrIDNotAllocated,
 		update(catalog.Update{AddBuilds: []segment.Build{build(1<<50, x.ID)}}))
-	r.refused(t, "the id of a segment", catalog.ErrIndexBuildExists,
+	e.refused(t, "the id of a segment", catalog.ErrIndexBuildExists,
 		update(catalog.Update{AddBuilds: []segment.Build{build(ids[1], x.ID)}}))
 	// The files of what is replaced will be deleted, so none may live on.
 	again := build(ids[7], x.ID)
 	again.Files[0].Path = second.Files[0].Path
-	r.refused(t, "a file of the build it replaces", catalog.ErrFileExists,
+	e.refused(t, "a file of the build it replaces", catalog.ErrFileExists,
 		update(catalog.Update{AddBuilds: []segment.Build{again}}))
-	r.refused(t, "a file of a build that is removed", catalog.ErrFileExists, update(catalog.Update{
+	e.refused(t, "a file of a build that is removed", catalog.ErrFileExists, update(catalog.Update{
 		RemoveBuilds: []int64{second.ID}, AddFiles: []segment.File{{Kind: "k", Path: second.Files[0].Path}},
 	}))
 
-	r.refused(t, "a build of another segment", catalog.ErrIndexBuildExists, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+	e.refused(t, "a build of another segment", catalog.ErrIndexBuildExists, func() error {
+		return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
 			Segment:   ids[1],
 			AddBuilds: []segment.Build{build(ids[3], x.ID)},
 		}}})
 	})
-	r.refused(t, "a segment with the id of a build", catalog.ErrSegmentExists, func() error {
-		_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[3:4]))
+	e.refused(t, "a segment with the id of a build", catalog.ErrSegmentExists, func() error {
+		_, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[3:4]))
 		return err
 	})
-	r.refused(t, "a segment whose build has the id of a segment", catalog.ErrIndexBuildExists, func() error {
-		s := r.makeSegment(ids[11], 1)
+	e.refused(t, "a segment whose build has the id of a segment", catalog.ErrIndexBuildExists, func() error {
+		s := e.makeSegment(ids[11], 1)
 		s.Builds = []segment.Build{build(ids[1], x.ID)}
-		_, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s})
+		_, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{s})
 		return err
 	})
 	// Dropped, the segment takes its builds with it.
 	if err := update(catalog.Update{RemoveBuilds: []int64{second.ID}})(); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := r.DropSegments(ctx, r.ref, ids[:2]); err != nil || n != 2 {
+	if n, err := e.DropSegments(ctx, e.ref, ids[:2]); err != nil || n != 2 {
 		t.Errorf("%d, %v", n, err)
 	}
-	if got := unitIDs(r.units(t)); !slices.Equal(got, ids[:4]) {
+	if got := unitIDs(e.units(t)); !slices.Equal(got, ids[:4]) {
 		t.Errorf("units %v, want %v", got, ids[:4])
 	}
 }
 
 func testCheckpoints(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 3)
-	r.add(t, ids[0])
+	e := newEnv(t, kv)
+	ids := e.ids(t, 3)
+	e.add(t, ids[0])
 	at := func(shard int, ts segment.Timestamp, opaque string) catalog.Checkpoint {
 		return catalog.Checkpoint{Shard: shard, Position: segment.Position{Timestamp: ts, Opaque: []byte(opaque)}}
 	}
 	set := func(list ...catalog.Checkpoint) func() error {
 		return func() error {
-			_, err := r.SetCheckpoints(ctx, r.ref, list)
+			_, err := e.SetCheckpoints(ctx, e.ref, list)
 			return err
 		}
 	}
-	if got, err := r.Checkpoints(ctx, r.ref); err != nil || len(got) != 0 {
+	if got, err := e.Checkpoints(ctx, e.ref); err != nil || len(got) != 0 {
 		t.Errorf("none yet: %v, %v", got, err)
 	}
-	first, err := r.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{at(1, 100, "a")})
+	first, err := e.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{at(1, 100, "a")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	before := dump(t, kv)
-	again, err := r.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{at(1, 100, "a")})
+	again, err := e.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{at(1, 100, "a")})
 	if err != nil || again < first {
 		t.Errorf("the same again: at %d, %v; want at least %d", again, err, first)
 	}
 	if diff := cmp.Diff(before, dump(t, kv)); diff != "" {
 		t.Errorf("the same again wrote:\n%s", diff)
 	}
-	if view, err := r.At(ctx, r.col.ID, again); err != nil || view.Checkpoints[1].Position.Timestamp != 100 {
+	if view, err := e.At(ctx, e.col.ID, again); err != nil || view.Checkpoints[1].Position.Timestamp != 100 {
 		t.Errorf("at %d: %v, %v", again, view.Checkpoints, err)
 	}
-	r.refused(t, "back", catalog.ErrCheckpointRegression, set(at(1, 99, "z")))
-	r.refused(t, "one forward, one back", catalog.ErrCheckpointRegression, set(at(0, 5, ""), at(1, 99, "")))
-	r.refused(t, "no such shard", catalog.ErrInvalid, set(at(2, 5, "")))
-	r.refused(t, "a negative shard", catalog.ErrInvalid, set(at(-1, 5, "")))
-	r.refused(t, "a shard twice", catalog.ErrInvalid, set(at(0, 5, ""), at(0, 6, "")))
+	e.refused(t, "back", catalog.ErrCheckpointRegression, set(at(1, 99, "z")))
+	e.refused(t, "one forward, one back", catalog.ErrCheckpointRegression, set(at(0, 5, ""), at(1, 99, "")))
+	e.refused(t, "no such shard", catalog.ErrInvalid, set(at(2, 5, "")))
+	e.refused(t, "a negative shard", catalog.ErrInvalid, set(at(-1, 5, "")))
+	e.refused(t, "a shard twice", catalog.ErrInvalid, set(at(0, 5, ""), at(0, 6, "")))
 	if err := set(at(0, 50, ""), at(1, 100, "b"))(); err != nil { // another handle for the same place
 		t.Fatal(err)
 	}
 	want := []catalog.Checkpoint{at(0, 50, ""), at(1, 100, "b")}
 	want[0].Channel, want[1].Channel = "ch0", "ch1"
-	got, err := r.Checkpoints(ctx, r.ref)
+	got, err := e.Checkpoints(ctx, e.ref)
 	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); err != nil || diff != "" {
 		t.Errorf("%v (-want +got):\n%s", err, diff)
 	}
 
 	// A checkpoint moves at the revision of the segments that it covers.
 	rows := int64(1)
-	moved, err := r.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{
-		Update: []catalog.Update{{Segment: ids[0], Rows: &rows}}, Add: r.segments(ids[1:2]),
+	moved, err := e.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{
+		Update: []catalog.Update{{Segment: ids[0], Rows: &rows}}, Add: e.segments(ids[1:2]),
 		Checkpoints: []catalog.Checkpoint{at(0, 60, "")},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, revision := range []int64{moved - 1, moved} {
-		view, err := r.At(ctx, r.col.ID, revision)
+		view, err := e.At(ctx, e.col.ID, revision)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if has, reached := slices.Contains(r.scan(t, revision),
+		if has, reached := slices.Contains(e.scan(t, revision),
 			ids[1]), view.Checkpoints[0].Position.Timestamp == 60; has != reached || has != (revision == moved) {
 			t.Errorf("at %d: segment %v, checkpoint %v", revision, has, reached)
 		}
 	}
-	r.refused(t, "back, with a segment", catalog.ErrCheckpointRegression, func() error {
-		return r.change(ctx, catalog.SegmentChange{
-			Add:         r.segments(ids[2:3]),
+	e.refused(t, "back, with a segment", catalog.ErrCheckpointRegression, func() error {
+		return e.change(ctx, catalog.SegmentChange{
+			Add:         e.segments(ids[2:3]),
 			Checkpoints: []catalog.Checkpoint{at(0, 59, "")},
 		})
 	})
@@ -534,11 +534,11 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 	// A collection without channels has one, that is always reached.
 	s := spec("streamless")
 	s.Channels = nil
-	col, err := r.CreateCollection(ctx, request.Token{}, s)
+	col, err := e.CreateCollection(ctx, request.Token{}, s)
 	if err != nil {
 		t.Fatal(err)
 	}
-	view, err := r.At(ctx, col.ID, 0)
+	view, err := e.At(ctx, col.ID, 0)
 	if err != nil || len(view.Checkpoints) != 1 || view.Checkpoints[0].Position.Timestamp != segment.MaxTimestamp {
 		t.Errorf("%v, %v", view.Checkpoints, err)
 	}
@@ -549,17 +549,17 @@ func testCheckpoints(t *testing.T, kv meta.KV) {
 func TestCheckpointRace(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	set := func(c *catalog.Catalog, ts0, ts1 segment.Timestamp) (int64, error) {
-		return c.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{
+		return c.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{
 			{Shard: 0, Position: segment.Position{Timestamp: ts0}}, {Shard: 1, Position: segment.Position{Timestamp: ts1}},
 		})
 	}
-	if _, err := set(r.Catalog, 10, 10); err != nil {
+	if _, err := set(e.Catalog, 10, 10); err != nil {
 		t.Fatal(err)
 	}
 	hooked := open(&beforePut{KV: kv, prefix: "/catalog/channel/", do: func() {
-		if _, err := set(r.Catalog, 20, 10); err != nil {
+		if _, err := set(e.Catalog, 20, 10); err != nil {
 			t.Error(err)
 		}
 	}})
@@ -571,7 +571,7 @@ func TestCheckpointRace(t *testing.T) {
 // Checkpoints only move forward, whatever the caller.
 func TestCheckpointsRise(t *testing.T) {
 	ctx := t.Context()
-	r := newEnv(t, memory.New(memory.Options{}))
+	e := newEnv(t, memory.New(memory.Options{}))
 	done := make(chan struct{})
 	var reader, writers sync.WaitGroup
 	reader.Go(func() {
@@ -582,7 +582,7 @@ func TestCheckpointsRise(t *testing.T) {
 				return
 			default:
 			}
-			view, err := r.At(ctx, r.col.ID, 0)
+			view, err := e.At(ctx, e.col.ID, 0)
 			if err != nil {
 				t.Error(err)
 				return
@@ -595,11 +595,11 @@ func TestCheckpointsRise(t *testing.T) {
 		}
 	})
 	for worker := range 4 {
-		c := open(r.kv)
+		c := open(e.kv)
 		writers.Go(func() {
 			for i := range 30 {
 				position := segment.Position{Timestamp: segment.Timestamp(4*i + worker)}
-				_, err := c.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: position}})
+				_, err := c.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{{Position: position}})
 				if err != nil && !errors.Is(err, catalog.ErrCheckpointRegression) {
 					t.Error(err)
 				}
@@ -609,7 +609,7 @@ func TestCheckpointsRise(t *testing.T) {
 	writers.Wait()
 	close(done)
 	reader.Wait()
-	if got, err := r.Checkpoints(ctx, r.ref); err != nil || len(got) != 1 || got[0].Position.Timestamp != 4*29+3 {
+	if got, err := e.Checkpoints(ctx, e.ref); err != nil || len(got) != 1 || got[0].Position.Timestamp != 4*29+3 {
 		t.Errorf("in the end %v, %v", got, err)
 	}
 }
@@ -634,9 +634,9 @@ func (b *beforePut) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 // Changes that race for one segment all happen, one after another.
 func testChangeRace(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	id := r.ids(t, 1)[0]
-	s := r.add(t, id)[0]
+	e := newEnv(t, kv)
+	id := e.ids(t, 1)[0]
+	s := e.add(t, id)[0]
 	var wg sync.WaitGroup
 	const workers, each = 4, 8
 	var done atomic.Int64
@@ -646,7 +646,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 			for i := range each {
 				f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/%d", worker, i)}
 				for {
-					_, err := c.Change(ctx, request.Token{}, r.ref,
+					_, err := c.Change(ctx, request.Token{}, e.ref,
 						catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddFiles: []segment.File{f}}}})
 					if errors.Is(err, meta.ErrConflict) {
 						continue // nothing was written
@@ -662,7 +662,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 		})
 	}
 	wg.Wait()
-	got, revision, err := r.Segment(ctx, r.ref, id)
+	got, revision, err := e.Segment(ctx, e.ref, id)
 	if err != nil || done.Load() != workers*each || len(got.Files) != len(s.Files)+workers*each {
 		t.Errorf("%d files after %d changes, %v", len(got.Files), done.Load(), err)
 	}
@@ -672,7 +672,7 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 		c := open(kv)
 		wg.Go(func() {
 			rows := int64(worker)
-			_, err := c.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
+			_, err := c.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{Update: []catalog.Update{{
 				Segment:  id,
 				Revision: revision, Rows: &rows,
 			}}})
@@ -691,11 +691,11 @@ func testChangeRace(t *testing.T, kv meta.KV) {
 
 func testChangeTokens(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 10)
-	r.add(t, ids[:4]...)
+	e := newEnv(t, kv)
+	ids := e.ids(t, 10)
+	e.add(t, ids[:4]...)
 	swap := catalog.SegmentChange{
-		Drop: ids[:2], Add: r.segments(ids[4:5]), Update: []catalog.Update{{
+		Drop: ids[:2], Add: e.segments(ids[4:5]), Update: []catalog.Update{{
 			Segment:  ids[2],
 			AddFiles: []segment.File{{Kind: "k", Path: "p"}},
 		}},
@@ -708,7 +708,7 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 		c := open(kv)
 		wg.Go(func() {
 			var err error
-			if revisions[i], err = c.Change(ctx, token("swap"), r.ref, swap); err != nil {
+			if revisions[i], err = c.Change(ctx, token("swap"), e.ref, swap); err != nil {
 				t.Error(err)
 			}
 		})
@@ -717,22 +717,22 @@ func testChangeTokens(t *testing.T, kv meta.KV) {
 	if revisions[0] == 0 || len(slices.Compact(revisions)) != 1 {
 		t.Errorf("revisions %v", revisions)
 	}
-	if got := r.scan(t, revisions[0]); !slices.Equal(got, ids[2:5]) {
+	if got := e.scan(t, revisions[0]); !slices.Equal(got, ids[2:5]) {
 		t.Errorf("scan: %v", got)
 	}
 	other := token("swap")
 	other.Hash = []byte("other")
-	r.refused(t, "the token of another", request.ErrReused, func() error {
-		_, err := r.Change(ctx, other, r.ref, catalog.SegmentChange{Drop: ids[2:3]})
+	e.refused(t, "the token of another", request.ErrReused, func() error {
+		_, err := e.Change(ctx, other, e.ref, catalog.SegmentChange{Drop: ids[2:3]})
 		return err
 	})
 	// A repeat that comes between another's commit and its own decision.
 	hooked := open(&afterFind{KV: kv, key: token("late").Key(), do: func() {
-		if _, err := r.Change(ctx, token("late"), r.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil {
+		if _, err := e.Change(ctx, token("late"), e.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil {
 			t.Error(err)
 		}
 	}})
-	if at, err := hooked.Change(ctx, token("late"), r.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil || at == 0 {
+	if at, err := hooked.Change(ctx, token("late"), e.ref, catalog.SegmentChange{Drop: ids[2:3]}); err != nil || at == 0 {
 		t.Errorf("repeat: %d, %v", at, err)
 	}
 }
@@ -756,39 +756,39 @@ func (a *afterFind) Get(ctx context.Context, key string) (meta.KeyValue, bool, i
 func TestChangeFaults(t *testing.T) {
 	var ids []int64
 	var index int64
-	sweep(t, func(r *env) error {
-		_, err := r.Change(t.Context(), token("swap"), r.ref, catalog.SegmentChange{
-			Drop: ids[:2], Add: r.segments(ids[4:5]),
+	sweep(t, func(e *env) error {
+		_, err := e.Change(t.Context(), token("swap"), e.ref, catalog.SegmentChange{
+			Drop: ids[:2], Add: e.segments(ids[4:5]),
 			Update: []catalog.Update{{
 				Segment: ids[2], AddFiles: []segment.File{{
 					Kind: "k",
 					Path: "p",
-				}}, RemoveFiles: []catalog.FilePath{{Path: r.makeSegment(ids[2], 3).Files[0].Path}},
+				}}, RemoveFiles: []catalog.FilePath{{Path: e.makeSegment(ids[2], 3).Files[0].Path}},
 				AddBuilds: []segment.Build{{ID: ids[6], Index: index}},
 			}},
 			Checkpoints: []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}},
 		})
 		return err
-	}, func(t *testing.T, r *env) {
-		x, err := r.CreateIndex(t.Context(), request.Token{}, r.ref, catalog.Index{Name: "i"})
+	}, func(t *testing.T, e *env) {
+		x, err := e.CreateIndex(t.Context(), request.Token{}, e.ref, catalog.Index{Name: "i"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		index, ids = x.ID, r.ids(t, 10)
-		list := r.segments(ids[:4])
+		index, ids = x.ID, e.ids(t, 10)
+		list := e.segments(ids[:4])
 		list[2].Builds = []segment.Build{{ID: ids[5], Index: index}}
-		if _, _, err := r.AddSegments(t.Context(), r.col.ID, list); err != nil {
+		if _, _, err := e.AddSegments(t.Context(), e.col.ID, list); err != nil {
 			t.Fatal(err)
 		}
-	}, func(t *testing.T, r *env) {
-		if got := r.scan(t, 0); !slices.Equal(got, ids[2:5]) {
+	}, func(t *testing.T, e *env) {
+		if got := e.scan(t, 0); !slices.Equal(got, ids[2:5]) {
 			t.Errorf("scan: %v, want %v", got, ids[2:5])
 		}
-		got, _, err := r.Segment(t.Context(), r.ref, ids[2])
+		got, _, err := e.Segment(t.Context(), e.ref, ids[2])
 		if err != nil || len(got.Files) != 3 || got.Files[2].Path != "p" || got.Builds[0].ID != ids[6] {
 			t.Errorf("%v, %v", got, err)
 		}
-		if units := r.units(t); len(units) != 4 || units[ids[0]] == nil || units[ids[1]] == nil || units[ids[5]] == nil {
+		if units := e.units(t); len(units) != 4 || units[ids[0]] == nil || units[ids[1]] == nil || units[ids[5]] == nil {
 			t.Errorf("units: %v", unitIDs(units))
 		}
 	})
@@ -796,48 +796,48 @@ func TestChangeFaults(t *testing.T) {
 
 func testTimeTravel(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 1500)
-	r.add(t, ids...)
-	view, err := r.At(ctx, r.col.ID, 0)
+	e := newEnv(t, kv)
+	ids := e.ids(t, 1500)
+	e.add(t, ids...)
+	view, err := e.At(ctx, e.col.ID, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "later"}); err != nil {
+	if _, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: "later"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.DropSegments(ctx, r.ref, ids[:100]); err != nil {
+	if _, err := e.DropSegments(ctx, e.ref, ids[:100]); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.DropCollection(ctx, request.Token{}, r.ref, 0); err != nil {
+	if _, err := e.DropCollection(ctx, request.Token{}, e.ref, 0); err != nil {
 		t.Fatal(err)
 	}
-	then, err := r.At(ctx, r.col.ID, view.Revision)
+	then, err := e.At(ctx, e.col.ID, view.Revision)
 	if diff := cmp.Diff(view, then); err != nil || diff != "" {
 		t.Errorf("%v (-then +again):\n%s", err, diff)
 	}
-	if got := r.scan(t, view.Revision); !slices.Equal(got, ids) {
+	if got := e.scan(t, view.Revision); !slices.Equal(got, ids) {
 		t.Errorf("%d segments then, want %d", len(got), len(ids))
 	}
-	if now, err := r.At(ctx, r.col.ID, 0); err != nil || now.Collection.State != catalog.Dropping ||
+	if now, err := e.At(ctx, e.col.ID, 0); err != nil || now.Collection.State != catalog.Dropping ||
 		len(now.Partitions) != 1 {
 		t.Errorf("now: %v, %v", now, err)
 	}
 	stop := errors.New("stop")
-	if _, err := r.ScanSegments(ctx, r.col.ID, 0, func([]segment.Segment) error { return stop }); !errors.Is(err, stop) {
+	if _, err := e.ScanSegments(ctx, e.col.ID, 0, func([]segment.Segment) error { return stop }); !errors.Is(err, stop) {
 		t.Errorf("err = %v, want %v", err, stop)
 	}
-	if _, err := r.At(ctx, 1<<50, 0); !errors.Is(err, catalog.ErrCollectionNotFound) {
+	if _, err := e.At(ctx, 1<<50, 0); !errors.Is(err, catalog.ErrCollectionNotFound) {
 		t.Errorf("err = %v", err)
 	}
 	if m, ok := kv.(*memory.Store); ok {
 		if err := m.Compact(ctx, view.Revision+1); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.At(ctx, r.col.ID, view.Revision); !errors.Is(err, meta.ErrCompacted) {
+		if _, err := e.At(ctx, e.col.ID, view.Revision); !errors.Is(err, meta.ErrCompacted) {
 			t.Errorf("err = %v, want %v", err, meta.ErrCompacted)
 		}
-		if _, err := r.ScanSegments(ctx, r.col.ID, view.Revision,
+		if _, err := e.ScanSegments(ctx, e.col.ID, view.Revision,
 			func([]segment.Segment) error { return nil }); !errors.Is(err, meta.ErrCompacted) {
 			t.Errorf("err = %v, want %v", err, meta.ErrCompacted)
 		}
@@ -848,8 +848,8 @@ func testTimeTravel(t *testing.T, kv meta.KV) {
 // in a few lines, and every file is in a segment or in one unit.
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		r := newEnv(t, memory.New(memory.Options{}))
-		ids := r.ids(t, 60)
+		e := newEnv(t, memory.New(memory.Options{}))
+		ids := e.ids(t, 60)
 		live, dropped := map[int64]bool{}, map[int64]bool{}
 		files := map[string]bool{} // ever registered
 		note := func(list []segment.Segment) {
@@ -876,10 +876,10 @@ func TestModel(t *testing.T) {
 			again := slices.ContainsFunc(some, func(id int64) bool { return dropped[id] })
 			switch rapid.SampledFrom([]string{"add", "drop", "compact", "replace"}).Draw(rt, "step") {
 			case "add":
-				_, _, err := r.AddSegments(t.Context(), r.col.ID, r.segments(some))
+				_, _, err := e.AddSegments(t.Context(), e.col.ID, e.segments(some))
 				taken := again || slices.ContainsFunc(some, func(id int64) bool {
-					s, _, err := r.Segment(t.Context(), r.ref, id)
-					return err == nil && !cmp.Equal(r.makeSegment(id, 3), s, cmpopts.EquateEmpty())
+					s, _, err := e.Segment(t.Context(), e.ref, id)
+					return err == nil && !cmp.Equal(e.makeSegment(id, 3), s, cmpopts.EquateEmpty())
 				})
 				if taken != errors.Is(err, catalog.ErrSegmentExists) || !taken && err != nil {
 					rt.Fatalf("add %v: %v; taken %v", some, err, taken)
@@ -888,11 +888,11 @@ func TestModel(t *testing.T) {
 					for _, id := range some {
 						live[id] = true
 					}
-					note(r.segments(some))
+					note(e.segments(some))
 				}
 			case "drop":
 				in := pick(live, "drop")
-				if n, err := r.DropSegments(t.Context(), r.ref, append(in, pick(dropped, "again")...)); err != nil || n != len(in) {
+				if n, err := e.DropSegments(t.Context(), e.ref, append(in, pick(dropped, "again")...)); err != nil || n != len(in) {
 					rt.Fatalf("drop %v: %d, %v", in, n, err)
 				}
 				for _, id := range in {
@@ -905,7 +905,7 @@ func TestModel(t *testing.T) {
 				if slices.Contains(in, some[0]) {
 					continue
 				}
-				err := r.change(t.Context(), catalog.SegmentChange{Drop: in, Add: r.segments(some)})
+				err := e.change(t.Context(), catalog.SegmentChange{Drop: in, Add: e.segments(some)})
 				if taken := live[some[0]] || dropped[some[0]]; taken != errors.Is(err,
 					catalog.ErrSegmentExists) || !taken && err != nil {
 					rt.Fatalf("compact %v into %v: %v", in, some, err)
@@ -916,16 +916,16 @@ func TestModel(t *testing.T) {
 						dropped[id] = true
 					}
 					live[some[0]] = true
-					note(r.segments(some))
+					note(e.segments(some))
 				}
 			case "replace":
 				for _, id := range pick(live, "replace") {
-					s, revision, err := r.Segment(t.Context(), r.ref, id)
+					s, revision, err := e.Segment(t.Context(), e.ref, id)
 					if err != nil {
 						rt.Fatal(err)
 					}
 					f := segment.File{Kind: "k", Path: fmt.Sprintf("%d/at/%d", id, revision)}
-					if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
+					if err := e.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
 						Segment: id, RemoveFiles: []catalog.FilePath{{Path: s.Files[0].Path}}, AddFiles: []segment.File{f},
 					}}}); err != nil {
 						rt.Fatal(err)
@@ -936,7 +936,7 @@ func TestModel(t *testing.T) {
 		}
 		found := map[string]int{}
 		got := map[int64]bool{}
-		if _, err := r.ScanSegments(t.Context(), r.col.ID, 0, func(batch []segment.Segment) error {
+		if _, err := e.ScanSegments(t.Context(), e.col.ID, 0, func(batch []segment.Segment) error {
 			for i := range batch {
 				got[batch[i].ID] = true
 				for f := range batch[i].AllFiles() {
@@ -950,12 +950,12 @@ func TestModel(t *testing.T) {
 		if diff := cmp.Diff(live, got, cmpopts.EquateEmpty()); diff != "" {
 			rt.Fatalf("segments (-want +got):\n%s", diff)
 		}
-		for id, u := range r.units(t) {
+		for id, u := range e.units(t) {
 			if u.GetKind() == 1 && !dropped[id] {
 				rt.Fatalf("unit %d was not dropped", id)
 			}
-			part, err := catalog.DecodeSegment(r.col.ID, meta.KeyValue{
-				Key:   keys.Segment(r.col.ID, u.GetSegmentId()),
+			part, err := catalog.DecodeSegment(e.col.ID, meta.KeyValue{
+				Key:   keys.Segment(e.col.ID, u.GetSegmentId()),
 				Value: mustEncode(u.GetSegment()),
 			})
 			if err != nil {

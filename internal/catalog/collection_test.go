@@ -25,99 +25,99 @@ import (
 
 func testCollections(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	want := spec("c")
-	want.ID, want.State, want.Layout = r.col.ID, catalog.Active, catalog.LayoutNative
+	want.ID, want.State, want.Layout = e.col.ID, catalog.Active, catalog.LayoutNative
 	ignore := cmpopts.IgnoreFields(catalog.Collection{}, "CreateTime", "Revision")
-	for _, ref := range []catalog.Ref{{ID: r.col.ID}, {DB: "db", Name: "c"}} {
-		got, err := r.Collection(ctx, ref)
+	for _, ref := range []catalog.Ref{{ID: e.col.ID}, {DB: "db", Name: "c"}} {
+		got, err := e.Collection(ctx, ref)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(want, got, ignore); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
-		if diff := cmp.Diff(r.col, got); diff != "" {
+		if diff := cmp.Diff(e.col, got); diff != "" {
 			t.Errorf("what Create returned (-) is not what is there (+):\n%s", diff)
 		}
 	}
 	for _, ref := range []catalog.Ref{{ID: 1 << 60}, {DB: "db", Name: "none"}, {DB: "other", Name: "c"}} {
-		if _, err := r.Collection(ctx, ref); !errors.Is(err, catalog.ErrCollectionNotFound) {
+		if _, err := e.Collection(ctx, ref); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("%v: err = %v, want %v", ref, err, catalog.ErrCollectionNotFound)
 		}
 	}
-	r.refused(t, "a second one", catalog.ErrCollectionExists, func() error {
-		_, err := r.CreateCollection(ctx, request.Token{}, spec("c"))
+	e.refused(t, "a second one", catalog.ErrCollectionExists, func() error {
+		_, err := e.CreateCollection(ctx, request.Token{}, spec("c"))
 		return err
 	})
 	other := spec("c")
 	other.DB = "other"
-	if _, err := r.CreateCollection(ctx, request.Token{}, other); err != nil {
+	if _, err := e.CreateCollection(ctx, request.Token{}, other); err != nil {
 		t.Errorf("the name in another database: %v", err)
 	}
 
 	given := spec("given")
 	given.ID = 1 << 50
-	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, func() error {
-		_, err := r.CreateCollection(ctx, request.Token{}, given)
+	e.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, func() error {
+		_, err := e.CreateCollection(ctx, request.Token{}, given)
 		return err
 	})
-	given.ID = r.col.ID
-	r.refused(t, "an id that is taken", catalog.ErrCollectionExists, func() error {
-		_, err := r.CreateCollection(ctx, request.Token{}, given)
+	given.ID = e.col.ID
+	e.refused(t, "an id that is taken", catalog.ErrCollectionExists, func() error {
+		_, err := e.CreateCollection(ctx, request.Token{}, given)
 		return err
 	})
-	given.ID = r.ids(t, 1)[0]
-	if got, err := r.CreateCollection(ctx, request.Token{}, given); err != nil || got.ID != given.ID {
+	given.ID = e.ids(t, 1)[0]
+	if got, err := e.CreateCollection(ctx, request.Token{}, given); err != nil || got.ID != given.ID {
 		t.Errorf("a given id: %v, %v", got.ID, err)
 	}
 
 	properties, level := map[string]string{"new": "1"}, "Strong"
-	changed, err := r.UpdateCollection(ctx, request.Token{}, r.ref, r.col.Revision,
+	changed, err := e.UpdateCollection(ctx, request.Token{}, e.ref, e.col.Revision,
 		catalog.Patch{Properties: &properties, Consistency: &level})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want.Properties, want.Consistency = properties, level
-	if diff := cmp.Diff(want, changed, ignore); diff != "" || changed.Revision <= r.col.Revision {
+	if diff := cmp.Diff(want, changed, ignore); diff != "" || changed.Revision <= e.col.Revision {
 		t.Errorf("updated at %d (-want +got):\n%s", changed.Revision, diff)
 	}
-	if got, err := r.Collection(ctx, r.ref); err != nil || !cmp.Equal(changed, got) {
+	if got, err := e.Collection(ctx, e.ref); err != nil || !cmp.Equal(changed, got) {
 		t.Errorf("got %v, %v; want %v", got, err, changed)
 	}
-	r.refused(t, "an old revision", catalog.ErrRevisionChanged, func() error {
-		_, err := r.UpdateCollection(ctx, request.Token{}, r.ref, r.col.Revision, catalog.Patch{})
+	e.refused(t, "an old revision", catalog.ErrRevisionChanged, func() error {
+		_, err := e.UpdateCollection(ctx, request.Token{}, e.ref, e.col.Revision, catalog.Patch{})
 		return err
 	})
 
-	r.refused(t, "an id that was not meant", catalog.ErrCollectionMismatch, func() error {
-		_, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, r.col.ID+1)
+	e.refused(t, "an id that was not meant", catalog.ErrCollectionMismatch, func() error {
+		_, err := e.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, e.col.ID+1)
 		return err
 	})
-	if id, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
-		r.col.ID); err != nil || id != r.col.ID {
+	if id, err := e.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"},
+		e.col.ID); err != nil || id != e.col.ID {
 		t.Errorf("drop: %d, %v", id, err)
 	}
 	before := dump(t, kv)
-	if id, err := r.DropCollection(ctx, request.Token{}, r.ref, 0); err != nil || id != r.col.ID {
+	if id, err := e.DropCollection(ctx, request.Token{}, e.ref, 0); err != nil || id != e.col.ID {
 		t.Errorf("drop again by id: %d, %v", id, err)
 	}
-	if id, err := r.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, 0); err != nil || id != 0 {
+	if id, err := e.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "db", Name: "c"}, 0); err != nil || id != 0 {
 		t.Errorf("drop again by name: %d, %v", id, err)
 	}
 	if diff := cmp.Diff(before, dump(t, kv)); diff != "" {
 		t.Errorf("a drop of nothing wrote:\n%s", diff)
 	}
-	if got, err := r.Collection(ctx, r.ref); err != nil || got.State != catalog.Dropping || got.Name != "c" {
+	if got, err := e.Collection(ctx, e.ref); err != nil || got.State != catalog.Dropping || got.Name != "c" {
 		t.Errorf("dropped: %v, %v", got, err)
 	}
-	if got, err := r.CreateCollection(ctx, request.Token{}, spec("c")); err != nil || got.ID == r.col.ID {
+	if got, err := e.CreateCollection(ctx, request.Token{}, spec("c")); err != nil || got.ID == e.col.ID {
 		t.Errorf("the name is not free: %v, %v", got.ID, err)
 	}
 }
 
 func TestSpec(t *testing.T) {
-	r := newEnv(t, memory.New(memory.Options{}))
+	e := newEnv(t, memory.New(memory.Options{}))
 	field := func(id int64, name string) catalog.Field { return catalog.Field{ID: id, Name: name} }
 	for _, c := range []struct {
 		field string // of the error; empty: fine
@@ -175,16 +175,16 @@ func TestSpec(t *testing.T) {
 		s := spec("fine")
 		c.edit(&s)
 		if c.field == "" {
-			if _, err := r.CreateCollection(t.Context(), request.Token{}, s); err != nil {
+			if _, err := e.CreateCollection(t.Context(), request.Token{}, s); err != nil {
 				t.Errorf("%v: %v", s, err)
 			}
-			if _, err := r.DropCollection(t.Context(), request.Token{}, catalog.Ref{DB: s.DB, Name: s.Name}, 0); err != nil {
+			if _, err := e.DropCollection(t.Context(), request.Token{}, catalog.Ref{DB: s.DB, Name: s.Name}, 0); err != nil {
 				t.Fatal(err)
 			}
 			continue
 		}
-		r.refused(t, fmt.Sprint(s), catalog.ErrInvalid, func() error {
-			_, err := r.CreateCollection(t.Context(), request.Token{}, s)
+		e.refused(t, fmt.Sprint(s), catalog.ErrInvalid, func() error {
+			_, err := e.CreateCollection(t.Context(), request.Token{}, s)
 			var invalid *catalog.InvalidError
 			if errors.As(err, &invalid) && invalid.Field != c.field {
 				t.Errorf("%v: field = %q, want %q", err, invalid.Field, c.field)
@@ -194,52 +194,52 @@ func TestSpec(t *testing.T) {
 	}
 	huge := spec("huge")
 	huge.Schema.Raw = make([]byte, catalog.MaxRecordBytes)
-	r.refused(t, "a huge schema", catalog.ErrLimitExceeded, func() error {
-		_, err := r.CreateCollection(t.Context(), request.Token{}, huge)
+	e.refused(t, "a huge schema", catalog.ErrLimitExceeded, func() error {
+		_, err := e.CreateCollection(t.Context(), request.Token{}, huge)
 		return err
 	})
 }
 
 func testCollectionTokens(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	made, err := r.CreateCollection(ctx, token("create"), spec("t"))
+	e := newEnv(t, kv)
+	made, err := e.CreateCollection(ctx, token("create"), spec("t"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	level := "Strong"
-	updated, err := r.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0,
+	updated, err := e.UpdateCollection(ctx, token("update"), catalog.Ref{ID: made.ID}, 0,
 		catalog.Patch{Consistency: &level})
 	if err != nil {
 		t.Fatal(err)
 	}
-	renamed, err := r.RenameCollection(ctx, token("rename"), catalog.Ref{ID: made.ID}, "db", "t2")
+	renamed, err := e.RenameCollection(ctx, token("rename"), catalog.Ref{ID: made.ID}, "db", "t2")
 	if err != nil {
 		t.Fatal(err)
 	}
-	part, err := r.CreatePartition(ctx, token("partition"), catalog.Ref{ID: made.ID}, catalog.Partition{Name: "p"})
+	part, err := e.CreatePartition(ctx, token("partition"), catalog.Ref{ID: made.ID}, catalog.Partition{Name: "p"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	index, err := r.CreateIndex(ctx, token("index"), catalog.Ref{ID: made.ID}, catalog.Index{Name: "i", Field: 101})
+	index, err := e.CreateIndex(ctx, token("index"), catalog.Ref{ID: made.ID}, catalog.Index{Name: "i", Field: 101})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if id, err := r.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID},
+	if id, err := e.DropPartition(ctx, token("drop partition"), catalog.Ref{ID: made.ID},
 		"p"); err != nil || id != part.ID {
 		t.Fatalf("%d, %v", id, err)
 	}
-	if id, err := r.DropCollection(ctx, token("drop"), catalog.Ref{DB: "db", Name: "t2"}, 0); err != nil || id != made.ID {
+	if id, err := e.DropCollection(ctx, token("drop"), catalog.Ref{DB: "db", Name: "t2"}, 0); err != nil || id != made.ID {
 		t.Fatalf("%d, %v", id, err)
 	}
-	if id, err := r.DropCollection(ctx, token("drop none"), catalog.Ref{DB: "db", Name: "t2"}, 0); err != nil || id != 0 {
+	if id, err := e.DropCollection(ctx, token("drop none"), catalog.Ref{DB: "db", Name: "t2"}, 0); err != nil || id != 0 {
 		t.Fatalf("%d, %v", id, err)
 	}
-	if _, err := r.CreateCollection(ctx, request.Token{}, spec("t2")); err != nil {
+	if _, err := e.CreateCollection(ctx, request.Token{}, spec("t2")); err != nil {
 		t.Fatal(err)
 	}
 	before := dump(t, kv)
-	for _, c := range []*catalog.Catalog{r.Catalog, open(kv)} {
+	for _, c := range []*catalog.Catalog{e.Catalog, open(kv)} {
 		for name, again := range map[string]func() (any, error){
 			"create": func() (any, error) { return c.CreateCollection(ctx, token("create"), spec("t")) },
 			"update": func() (any, error) {
@@ -278,7 +278,7 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 	}
 	reused := token("create")
 	reused.Hash = []byte("another")
-	if _, err := r.CreateCollection(ctx, reused, spec("another")); !errors.Is(err, request.ErrReused) {
+	if _, err := e.CreateCollection(ctx, reused, spec("another")); !errors.Is(err, request.ErrReused) {
 		t.Errorf("err = %v, want %v", err, request.ErrReused)
 	}
 	if diff := cmp.Diff(before, dump(t, kv)); diff != "" {
@@ -289,34 +289,34 @@ func testCollectionTokens(t *testing.T, kv meta.KV) {
 	large := spec("large")
 	large.Schema.Raw = make([]byte, 700<<10)
 	attributes := map[string]string{"x": strings.Repeat("x", 500<<10)}
-	first, err := r.CreateCollection(ctx, token("large"), large)
+	first, err := e.CreateCollection(ctx, token("large"), large)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := r.CreateCollection(ctx, token("large"), large); err != nil || !cmp.Equal(first, again) {
+	if again, err := e.CreateCollection(ctx, token("large"), large); err != nil || !cmp.Equal(first, again) {
 		t.Errorf("large, again: %v", err)
 	}
 	ref := catalog.Ref{ID: first.ID}
-	big, err := r.CreatePartition(ctx, token("big"), ref, catalog.Partition{Name: "big", Attributes: attributes})
+	big, err := e.CreatePartition(ctx, token("big"), ref, catalog.Partition{Name: "big", Attributes: attributes})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := r.CreatePartition(ctx, token("big"), ref,
+	if again, err := e.CreatePartition(ctx, token("big"), ref,
 		catalog.Partition{Name: "big", Attributes: attributes}); err != nil || !cmp.Equal(big, again) {
 		t.Errorf("big, again: %v", err)
 	}
-	if _, err := r.DropPartition(ctx, token("drop big"), ref, "big"); err != nil {
+	if _, err := e.DropPartition(ctx, token("drop big"), ref, "big"); err != nil {
 		t.Errorf("drop a big partition of a large collection: %v", err)
 	}
 	attributes["x"] += strings.Repeat("x", 20<<10)
-	if _, err := r.CreatePartition(ctx, request.Token{}, ref,
+	if _, err := e.CreatePartition(ctx, request.Token{}, ref,
 		catalog.Partition{Name: "bigger", Attributes: attributes}); !errors.Is(err, catalog.ErrLimitExceeded) {
 		t.Errorf("err = %v, want %v", err, catalog.ErrLimitExceeded)
 	}
 }
 
 func testCollectionRace(t *testing.T, kv meta.KV) {
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	var won atomic.Int64
 	var wg sync.WaitGroup
 	for range 64 {
@@ -352,7 +352,7 @@ func testCollectionRace(t *testing.T, kv meta.KV) {
 			t.Errorf("two results of one request:\n%s", diff)
 		}
 	}
-	list, _, err := r.ListCollections(t.Context(), catalog.ListFilter{}, 0, 100)
+	list, _, err := e.ListCollections(t.Context(), catalog.ListFilter{}, 0, 100)
 	if err != nil || len(list) != 3 {
 		t.Errorf("%d collections, %v; want 3", len(list), err)
 	}
@@ -414,29 +414,29 @@ func testListCollections(t *testing.T, kv meta.KV) {
 
 func testRename(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	if _, err := r.CreateCollection(ctx, request.Token{}, spec("taken")); err != nil {
+	e := newEnv(t, kv)
+	if _, err := e.CreateCollection(ctx, request.Token{}, spec("taken")); err != nil {
 		t.Fatal(err)
 	}
-	r.refused(t, "a name that is taken", catalog.ErrCollectionExists, func() error {
-		_, err := r.RenameCollection(ctx, request.Token{}, r.ref, "db", "taken")
+	e.refused(t, "a name that is taken", catalog.ErrCollectionExists, func() error {
+		_, err := e.RenameCollection(ctx, request.Token{}, e.ref, "db", "taken")
 		return err
 	})
-	r.refused(t, "no name", catalog.ErrInvalid, func() error {
-		_, err := r.RenameCollection(ctx, request.Token{}, r.ref, "db", "a b")
+	e.refused(t, "no name", catalog.ErrInvalid, func() error {
+		_, err := e.RenameCollection(ctx, request.Token{}, e.ref, "db", "a b")
 		return err
 	})
 	for _, to := range []string{"c", "d", "d"} {
-		if got, err := r.RenameCollection(ctx, request.Token{}, r.ref, "other",
+		if got, err := e.RenameCollection(ctx, request.Token{}, e.ref, "other",
 			to); err != nil || got.Name != to || got.DB != "other" {
 			t.Fatalf("renamed to %s: %v, %v", to, got, err)
 		}
-		if id, err := r.Resolve(ctx, catalog.Ref{DB: "other", Name: to}); err != nil || id != r.col.ID {
+		if id, err := e.Resolve(ctx, catalog.Ref{DB: "other", Name: to}); err != nil || id != e.col.ID {
 			t.Errorf("resolve %s: %d, %v", to, id, err)
 		}
 	}
 	for _, old := range []catalog.Ref{{DB: "db", Name: "c"}, {DB: "other", Name: "c"}} {
-		if _, err := r.Resolve(ctx, old); !errors.Is(err, catalog.ErrCollectionNotFound) {
+		if _, err := e.Resolve(ctx, old); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("resolve %v: %v", old, err)
 		}
 	}
@@ -445,13 +445,13 @@ func testRename(t *testing.T, kv meta.KV) {
 	var second catalog.Collection
 	hooked := &afterResolve{KV: kv, name: keys.CollectionName("other", "d")}
 	hooked.do = func() {
-		if _, err := r.RenameCollection(ctx, request.Token{}, r.ref, "other", "e"); err != nil {
+		if _, err := e.RenameCollection(ctx, request.Token{}, e.ref, "other", "e"); err != nil {
 			t.Error(err)
 		}
 		s := spec("d")
 		s.DB = "other"
 		var err error
-		if second, err = r.CreateCollection(ctx, request.Token{}, s); err != nil {
+		if second, err = e.CreateCollection(ctx, request.Token{}, s); err != nil {
 			t.Error(err)
 		}
 	}
@@ -459,7 +459,7 @@ func testRename(t *testing.T, kv meta.KV) {
 		0); err != nil || id != second.ID {
 		t.Errorf("dropped %d, %v; want %d", id, err, second.ID)
 	}
-	if got, err := r.Collection(ctx, r.ref); err != nil || got.State != catalog.Active {
+	if got, err := e.Collection(ctx, e.ref); err != nil || got.State != catalog.Active {
 		t.Errorf("the renamed one is %v, %v", got.State, err)
 	}
 }
@@ -504,66 +504,66 @@ func partsOf[T any](
 
 func testPartitions(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	want := []catalog.Partition{}
 	for _, name := range []string{"a", "b"} {
-		p, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+		p, err := e.CreatePartition(ctx, request.Token{}, e.ref,
 			catalog.Partition{Name: name, Attributes: map[string]string{"k": name}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, p)
 	}
-	if got, err := partsOf(ctx, r.col.ID, r.Partitions,
+	if got, err := partsOf(ctx, e.col.ID, e.Partitions,
 		func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff(want, got))
 	}
 	create := func(p catalog.Partition) func() error {
 		return func() error {
-			_, err := r.CreatePartition(ctx, request.Token{}, r.ref, p)
+			_, err := e.CreatePartition(ctx, request.Token{}, e.ref, p)
 			return err
 		}
 	}
-	r.refused(t, "a name again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "a"}))
-	r.refused(t, "an id again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "c", ID: want[0].ID}))
-	r.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, create(catalog.Partition{Name: "c", ID: 1 << 50}))
-	r.refused(t, "a negative id", catalog.ErrInvalid, create(catalog.Partition{Name: "c", ID: -1}))
-	r.refused(t, "no name", catalog.ErrInvalid, create(catalog.Partition{Name: "c/d"}))
+	e.refused(t, "a name again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "a"}))
+	e.refused(t, "an id again", catalog.ErrPartitionExists, create(catalog.Partition{Name: "c", ID: want[0].ID}))
+	e.refused(t, "an unallocated id", catalog.ErrIDNotAllocated, create(catalog.Partition{Name: "c", ID: 1 << 50}))
+	e.refused(t, "a negative id", catalog.ErrInvalid, create(catalog.Partition{Name: "c", ID: -1}))
+	e.refused(t, "no name", catalog.ErrInvalid, create(catalog.Partition{Name: "c/d"}))
 
-	ids := r.ids(t, 3)
-	s := r.makeSegment(ids[0], 2)
+	ids := e.ids(t, 3)
+	s := e.makeSegment(ids[0], 2)
 	s.Partition = want[0].ID
-	if _, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s}); err != nil {
+	if _, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{s}); err != nil {
 		t.Fatal(err)
 	}
-	if id, err := r.DropPartition(ctx, request.Token{}, r.ref, "a"); err != nil || id != want[0].ID {
+	if id, err := e.DropPartition(ctx, request.Token{}, e.ref, "a"); err != nil || id != want[0].ID {
 		t.Fatalf("%d, %v", id, err)
 	}
 	before := dump(t, kv)
-	if id, err := r.DropPartition(ctx, request.Token{}, r.ref, "a"); err != nil || id != 0 {
+	if id, err := e.DropPartition(ctx, request.Token{}, e.ref, "a"); err != nil || id != 0 {
 		t.Errorf("drop again: %d, %v", id, err)
 	}
 	if diff := cmp.Diff(before, dump(t, kv)); diff != "" {
 		t.Errorf("wrote:\n%s", diff)
 	}
 	want[0].State = catalog.Dropping
-	if got, err := partsOf(ctx, r.col.ID, r.Partitions,
+	if got, err := partsOf(ctx, e.col.ID, e.Partitions,
 		func(p catalog.Partition) int64 { return p.ID }); err != nil || !cmp.Equal(want, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff(want, got))
 	}
-	late := r.makeSegment(ids[1], 1)
+	late := e.makeSegment(ids[1], 1)
 	late.Partition = want[0].ID
-	r.refused(t, "a segment of a dropped partition", catalog.ErrPartitionNotFound, func() error {
-		_, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{late})
+	e.refused(t, "a segment of a dropped partition", catalog.ErrPartitionNotFound, func() error {
+		_, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{late})
 		return err
 	})
-	r.refused(t, "an update in a dropped partition", catalog.ErrPartitionNotFound, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: new(int64)}}})
+	e.refused(t, "an update in a dropped partition", catalog.ErrPartitionNotFound, func() error {
+		return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: new(int64)}}})
 	})
-	if err := r.change(ctx, catalog.SegmentChange{Drop: []int64{s.ID}}); err != nil {
+	if err := e.change(ctx, catalog.SegmentChange{Drop: []int64{s.ID}}); err != nil {
 		t.Errorf("drop a segment of a dropped partition: %v", err)
 	}
-	if p, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+	if p, err := e.CreatePartition(ctx, request.Token{}, e.ref,
 		catalog.Partition{Name: "a"}); err != nil || p.ID == want[0].ID {
 		t.Errorf("the name is not free: %v, %v", p, err)
 	}
@@ -573,16 +573,16 @@ func testPartitions(t *testing.T, kv meta.KV) {
 // together, but for small ones.
 func testChildrenBytes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	attributes := func(bytes int) map[string]string { return map[string]string{"k": strings.Repeat("v", bytes)} }
 	const each = 500 << 10
 	made := 0
 	for ; ; made++ {
 		var err error
 		if name := fmt.Sprint("p", made); made%2 == 0 {
-			_, err = r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: name, Attributes: attributes(each)})
+			_, err = e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: name, Attributes: attributes(each)})
 		} else {
-			_, err = r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: name, Attributes: attributes(each)})
+			_, err = e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: name, Attributes: attributes(each)})
 		}
 		if errors.Is(err, catalog.ErrLimitExceeded) {
 			break
@@ -594,11 +594,11 @@ func testChildrenBytes(t *testing.T, kv meta.KV) {
 	if made != (16<<20)/each {
 		t.Errorf("%d of %d bytes", made, each)
 	}
-	r.refused(t, "a large index", catalog.ErrLimitExceeded, func() error {
-		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "large", Attributes: attributes(each)})
+	e.refused(t, "a large index", catalog.ErrLimitExceeded, func() error {
+		_, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "large", Attributes: attributes(each)})
 		return err
 	})
-	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref,
+	if _, err := e.CreatePartition(ctx, request.Token{}, e.ref,
 		catalog.Partition{Name: "small", Attributes: attributes(1 << 10)}); err != nil {
 		t.Errorf("a small one: %v", err)
 	}
@@ -606,80 +606,80 @@ func testChildrenBytes(t *testing.T, kv meta.KV) {
 
 func testIndexes(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	made, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{
+	e := newEnv(t, kv)
+	made, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{
 		Name: "i", Field: 101, TypeParams: map[string]string{"dim": "8"}, IndexParams: map[string]string{"M": "16"},
 		Attributes: map[string]string{"a": "b"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := partsOf(ctx, r.col.ID, r.Indexes, func(x catalog.Index) int64 { return x.ID }); err != nil ||
+	if got, err := partsOf(ctx, e.col.ID, e.Indexes, func(x catalog.Index) int64 { return x.ID }); err != nil ||
 		!cmp.Equal([]catalog.Index{made}, got) {
 		t.Errorf("%v (-want +got):\n%s", err, cmp.Diff([]catalog.Index{made}, got))
 	}
-	r.refused(t, "a name again", catalog.ErrIndexExists, func() error {
-		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "i"})
+	e.refused(t, "a name again", catalog.ErrIndexExists, func() error {
+		_, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "i"})
 		return err
 	})
-	r.refused(t, "an id again", catalog.ErrIndexExists, func() error {
-		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "j", ID: made.ID})
+	e.refused(t, "an id again", catalog.ErrIndexExists, func() error {
+		_, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "j", ID: made.ID})
 		return err
 	})
-	ids := r.ids(t, 4)
-	s := r.makeSegment(ids[0], 2)
+	ids := e.ids(t, 4)
+	s := e.makeSegment(ids[0], 2)
 	s.Builds = []segment.Build{{ID: ids[1], Index: made.ID, Files: []segment.File{{Kind: segment.KindIndex, Path: "i/0"}}}}
-	if _, _, err := r.AddSegments(ctx, r.col.ID, []segment.Segment{s}); err != nil {
+	if _, _, err := e.AddSegments(ctx, e.col.ID, []segment.Segment{s}); err != nil {
 		t.Fatal(err)
 	}
-	if id, err := r.DropIndex(ctx, request.Token{}, r.ref, "i"); err != nil || id != made.ID {
+	if id, err := e.DropIndex(ctx, request.Token{}, e.ref, "i"); err != nil || id != made.ID {
 		t.Fatalf("%d, %v", id, err)
 	}
-	if id, err := r.DropIndex(ctx, request.Token{}, r.ref, "i"); err != nil || id != 0 {
+	if id, err := e.DropIndex(ctx, request.Token{}, e.ref, "i"); err != nil || id != 0 {
 		t.Errorf("drop again: %d, %v", id, err)
 	}
-	r.refused(t, "a build of a dropped index", catalog.ErrIndexNotFound, func() error {
-		return r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+	e.refused(t, "a build of a dropped index", catalog.ErrIndexNotFound, func() error {
+		return e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
 			Segment:   s.ID,
 			AddBuilds: []segment.Build{{ID: ids[2], Index: made.ID}},
 		}}})
 	})
 	// What the segment has already does not keep it from changing.
 	rows := int64(7)
-	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
+	if err := e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{Segment: s.ID, Rows: &rows}}}); err != nil {
 		t.Errorf("update a segment with a build of a dropped index: %v", err)
 	}
-	if err := r.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
+	if err := e.change(ctx, catalog.SegmentChange{Update: []catalog.Update{{
 		Segment:      s.ID,
 		RemoveBuilds: []int64{ids[1]},
 	}}}); err != nil {
 		t.Errorf("remove a build of a dropped index: %v", err)
 	}
-	if got := unitIDs(r.units(t)); !slices.Equal(got, []int64{ids[1]}) {
+	if got := unitIDs(e.units(t)); !slices.Equal(got, []int64{ids[1]}) {
 		t.Errorf("units %v, want %v", got, ids[1])
 	}
 }
 
 func TestPartitionLimit(t *testing.T) {
 	ctx := t.Context()
-	r := newEnv(t, memory.New(memory.Options{}))
+	e := newEnv(t, memory.New(memory.Options{}))
 	for i := range catalog.MaxPartitions {
-		if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: fmt.Sprint(i)}); err != nil {
+		if _, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: fmt.Sprint(i)}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: fmt.Sprint(i)}); err != nil {
+		if _, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: fmt.Sprint(i)}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := r.DropPartition(ctx, request.Token{}, r.ref, "0"); err != nil { // still counts
+	if _, err := e.DropPartition(ctx, request.Token{}, e.ref, "0"); err != nil { // still counts
 		t.Fatal(err)
 	}
-	r.refused(t, "one partition too many", catalog.ErrLimitExceeded, func() error {
-		_, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "more"})
+	e.refused(t, "one partition too many", catalog.ErrLimitExceeded, func() error {
+		_, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: "more"})
 		return err
 	})
-	r.refused(t, "one index too many", catalog.ErrLimitExceeded, func() error {
-		_, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "more"})
+	e.refused(t, "one index too many", catalog.ErrLimitExceeded, func() error {
+		_, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "more"})
 		return err
 	})
 }
@@ -706,13 +706,13 @@ func (b *beforeTxn) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 // the segment was checked and before it is written.
 func testPartitionDropRace(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	for _, gone := range []bool{false, true} {
-		p, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"})
+		p, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: "p"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		x, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "i"})
+		x, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "i"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -720,7 +720,7 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 			name string,
 		) func() {
 			return func() {
-				if _, err := drop(ctx, request.Token{}, r.ref, name); err != nil {
+				if _, err := drop(ctx, request.Token{}, e.ref, name); err != nil {
 					t.Error(err)
 				}
 				if gone { // cleaned up at once, for nothing is in it
@@ -730,17 +730,17 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 				}
 			}
 		}
-		ids := r.ids(t, 5)
-		r.add(t, ids[0])
-		inPartition := r.makeSegment(ids[1], 1)
+		ids := e.ids(t, 5)
+		e.add(t, ids[0])
+		inPartition := e.makeSegment(ids[1], 1)
 		inPartition.Partition = p.ID
-		hooked := open(&beforeTxn{KV: kv, do: drop(keys.Partition(r.col.ID, p.ID), r.DropPartition, "p")})
-		if _, _, err := hooked.AddSegments(ctx, r.col.ID, []segment.Segment{inPartition}); !errors.Is(err,
+		hooked := open(&beforeTxn{KV: kv, do: drop(keys.Partition(e.col.ID, p.ID), e.DropPartition, "p")})
+		if _, _, err := hooked.AddSegments(ctx, e.col.ID, []segment.Segment{inPartition}); !errors.Is(err,
 			catalog.ErrPartitionNotFound) {
 			t.Errorf("gone = %v: add to a partition that is dropped meanwhile: %v", gone, err)
 		}
-		hooked = open(&beforeTxn{KV: kv, do: drop(keys.Index(r.col.ID, x.ID), r.DropIndex, "i")})
-		if _, err := hooked.Change(ctx, request.Token{}, r.ref, catalog.SegmentChange{Update: []catalog.Update{
+		hooked = open(&beforeTxn{KV: kv, do: drop(keys.Index(e.col.ID, x.ID), e.DropIndex, "i")})
+		if _, err := hooked.Change(ctx, request.Token{}, e.ref, catalog.SegmentChange{Update: []catalog.Update{
 			{Segment: ids[0], AddBuilds: []segment.Build{{ID: ids[2], Index: x.ID}}},
 		}}); !errors.Is(err, catalog.ErrIndexNotFound) {
 			t.Errorf("gone = %v: build of an index that is dropped meanwhile: %v", gone, err)
@@ -749,9 +749,9 @@ func testPartitionDropRace(t *testing.T, kv meta.KV) {
 }
 
 // setState writes a collection's state past the catalog.
-func (r *env) setState(t testing.TB, state catalog.State) {
+func (e *env) setState(t testing.TB, state catalog.State) {
 	t.Helper()
-	kv, found, _, err := r.kv.Get(t.Context(), keys.Collection(r.col.ID))
+	kv, found, _, err := e.kv.Get(t.Context(), keys.Collection(e.col.ID))
 	if err != nil || !found {
 		t.Fatal(found, err)
 	}
@@ -760,69 +760,69 @@ func (r *env) setState(t testing.TB, state catalog.State) {
 		t.Fatal(err)
 	}
 	rec.State = uint32(state)
-	if _, err := r.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
+	if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func testNotActive(t *testing.T, kv meta.KV) {
 	ctx := t.Context()
-	r := newEnv(t, kv)
-	ids := r.ids(t, 4)
-	r.add(t, ids[0], ids[1])
-	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"}); err != nil {
+	e := newEnv(t, kv)
+	ids := e.ids(t, 4)
+	e.add(t, ids[0], ids[1])
+	if _, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: "p"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.CreateIndex(ctx, request.Token{}, r.ref, catalog.Index{Name: "i"}); err != nil {
+	if _, err := e.CreateIndex(ctx, request.Token{}, e.ref, catalog.Index{Name: "i"}); err != nil {
 		t.Fatal(err)
 	}
 	calls := map[string]func(tok request.Token) error{
 		"UpdateCollection": func(tok request.Token) error {
-			_, err := r.UpdateCollection(ctx, tok, r.ref, 0, catalog.Patch{})
+			_, err := e.UpdateCollection(ctx, tok, e.ref, 0, catalog.Patch{})
 			return err
 		},
 		"RenameCollection": func(tok request.Token) error {
-			_, err := r.RenameCollection(ctx, tok, r.ref, "db", "new")
+			_, err := e.RenameCollection(ctx, tok, e.ref, "db", "new")
 			return err
 		},
 		"CreatePartition": func(tok request.Token) error {
-			_, err := r.CreatePartition(ctx, tok, r.ref, catalog.Partition{Name: "q"})
+			_, err := e.CreatePartition(ctx, tok, e.ref, catalog.Partition{Name: "q"})
 			return err
 		},
 		"CreateIndex": func(tok request.Token) error {
-			_, err := r.CreateIndex(ctx, tok, r.ref, catalog.Index{Name: "j"})
+			_, err := e.CreateIndex(ctx, tok, e.ref, catalog.Index{Name: "j"})
 			return err
 		},
 		"DropPartition": func(tok request.Token) error {
-			_, err := r.DropPartition(ctx, tok, r.ref, "p")
+			_, err := e.DropPartition(ctx, tok, e.ref, "p")
 			return err
 		},
 		"DropIndex": func(tok request.Token) error {
-			_, err := r.DropIndex(ctx, tok, r.ref, "i")
+			_, err := e.DropIndex(ctx, tok, e.ref, "i")
 			return err
 		},
 		"AddSegments": func(request.Token) error {
-			_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[2:]))
+			_, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[2:]))
 			return err
 		},
 		"AddSegments again": func(request.Token) error {
-			_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[:2]))
+			_, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[:2]))
 			return err
 		},
 		"DropSegments": func(request.Token) error {
-			_, err := r.DropSegments(ctx, r.ref, ids[:1])
+			_, err := e.DropSegments(ctx, e.ref, ids[:1])
 			return err
 		},
 		"SetCheckpoints": func(request.Token) error {
-			_, err := r.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}})
+			_, err := e.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 5}}})
 			return err
 		},
 		"Change": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Drop: ids[:1], Add: r.segments(ids[2:3])})
+			_, err := e.Change(ctx, tok, e.ref, catalog.SegmentChange{Drop: ids[:1], Add: e.segments(ids[2:3])})
 			return err
 		},
 		"Update": func(tok request.Token) error {
-			_, err := r.Change(ctx, tok, r.ref, catalog.SegmentChange{Update: []catalog.Update{{
+			_, err := e.Change(ctx, tok, e.ref, catalog.SegmentChange{Update: []catalog.Update{{
 				Segment: ids[0],
 				Rows:    new(int64),
 			}}})
@@ -830,25 +830,25 @@ func testNotActive(t *testing.T, kv meta.KV) {
 		},
 	}
 	for _, state := range []catalog.State{catalog.Restoring, catalog.Dropping} {
-		r.setState(t, state)
+		e.setState(t, state)
 		for name, call := range calls {
-			r.refused(t, fmt.Sprintf("%s while %v", name, state), catalog.ErrCollectionNotActive,
+			e.refused(t, fmt.Sprintf("%s while %v", name, state), catalog.ErrCollectionNotActive,
 				func() error { return call(request.Token{}) })
-			r.refused(t, fmt.Sprintf("%s while %v, with a token", name, state), catalog.ErrCollectionNotActive,
+			e.refused(t, fmt.Sprintf("%s while %v, with a token", name, state), catalog.ErrCollectionNotActive,
 				func() error { return call(token(name)) })
 		}
 		if state == catalog.Restoring {
-			r.refused(t, "drop while restoring", catalog.ErrCollectionNotActive, func() error {
-				_, err := r.DropCollection(ctx, request.Token{}, r.ref, 0)
+			e.refused(t, "drop while restoring", catalog.ErrCollectionNotActive, func() error {
+				_, err := e.DropCollection(ctx, request.Token{}, e.ref, 0)
 				return err
 			})
 		}
 		// A scan goes on, and so does reading of what is being dropped; what is
 		// being restored is its job's alone.
-		if got := r.scan(t, 0); !slices.Equal(got, ids[:2]) {
+		if got := e.scan(t, 0); !slices.Equal(got, ids[:2]) {
 			t.Errorf("scan: %v", got)
 		}
-		_, _, err := r.Segment(ctx, r.ref, ids[0])
+		_, _, err := e.Segment(ctx, e.ref, ids[0])
 		if restoring := state == catalog.Restoring; errors.Is(err,
 			catalog.ErrCollectionNotActive) != restoring || err != nil && !restoring {
 			t.Errorf("a segment while %v: err = %v", state, err)
@@ -860,12 +860,12 @@ func testNotActive(t *testing.T, kv meta.KV) {
 // collection.
 func TestCreateCollectionFaults(t *testing.T) {
 	var ids []int64
-	sweep(t, func(r *env) error {
-		got, err := r.CreateCollection(t.Context(), token("x"), spec("x"))
+	sweep(t, func(e *env) error {
+		got, err := e.CreateCollection(t.Context(), token("x"), spec("x"))
 		ids = []int64{got.ID}
 		return err
-	}, func(*testing.T, *env) {}, func(t *testing.T, r *env) {
-		list, _, err := r.ListCollections(t.Context(), catalog.ListFilter{}, r.col.ID, 10)
+	}, func(*testing.T, *env) {}, func(t *testing.T, e *env) {
+		list, _, err := e.ListCollections(t.Context(), catalog.ListFilter{}, e.col.ID, 10)
 		if err != nil || len(list) != 1 || list[0].ID != ids[0] {
 			t.Errorf("%v, %v; want the one of id %d", list, err, ids[0])
 		}
@@ -876,13 +876,13 @@ func TestCreateCollectionFaults(t *testing.T) {
 func TestWrittenIsReported(t *testing.T) {
 	ctx := t.Context()
 	f := meta.NewFaulty(memory.New(memory.Options{}))
-	r := newEnv(t, f)
+	e := newEnv(t, f)
 	for name, do := range map[string]func() (catalog.Collection, error){
-		"create": func() (catalog.Collection, error) { return r.CreateCollection(ctx, request.Token{}, spec("x")) },
+		"create": func() (catalog.Collection, error) { return e.CreateCollection(ctx, request.Token{}, spec("x")) },
 		"update": func() (catalog.Collection, error) {
-			return r.UpdateCollection(ctx, request.Token{}, r.ref, 0, catalog.Patch{})
+			return e.UpdateCollection(ctx, request.Token{}, e.ref, 0, catalog.Patch{})
 		},
-		"rename": func() (catalog.Collection, error) { return r.RenameCollection(ctx, request.Token{}, r.ref, "db", "y") },
+		"rename": func() (catalog.Collection, error) { return e.RenameCollection(ctx, request.Token{}, e.ref, "db", "y") },
 	} {
 		written := false
 		f.Hook(func(c meta.Call) meta.Fault {
@@ -898,7 +898,7 @@ func TestWrittenIsReported(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if want, err := r.Collection(ctx, catalog.Ref{ID: got.ID}); err != nil || !cmp.Equal(want, got) {
+		if want, err := e.Collection(ctx, catalog.Ref{ID: got.ID}); err != nil || !cmp.Equal(want, got) {
 			t.Errorf("%s: %v (-want +got):\n%s", name, err, cmp.Diff(want, got))
 		}
 	}
@@ -908,53 +908,53 @@ func TestWrittenIsReported(t *testing.T) {
 func TestFullStore(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newEnv(t, kv)
-	ids := r.ids(t, 200)
-	r.add(t, ids[:4]...)
-	if _, err := r.CreatePartition(ctx, request.Token{}, r.ref, catalog.Partition{Name: "p"}); err != nil {
+	e := newEnv(t, kv)
+	ids := e.ids(t, 200)
+	e.add(t, ids[:4]...)
+	if _, err := e.CreatePartition(ctx, request.Token{}, e.ref, catalog.Partition{Name: "p"}); err != nil {
 		t.Fatal(err)
 	}
 	kv.SetFull(true)
 	for name, do := range map[string]func() error{
 		"create": func() error {
-			_, err := r.CreateCollection(ctx, request.Token{}, spec("x"))
+			_, err := e.CreateCollection(ctx, request.Token{}, spec("x"))
 			return err
 		},
 		"create with a token": func() error {
-			_, err := r.CreateCollection(ctx, token("x"), spec("x"))
+			_, err := e.CreateCollection(ctx, token("x"), spec("x"))
 			return err
 		},
 		"drop": func() error {
-			_, err := r.DropCollection(ctx, request.Token{}, r.ref, 0)
+			_, err := e.DropCollection(ctx, request.Token{}, e.ref, 0)
 			return err
 		},
 		"drop a partition": func() error {
-			_, err := r.DropPartition(ctx, request.Token{}, r.ref, "p")
+			_, err := e.DropPartition(ctx, request.Token{}, e.ref, "p")
 			return err
 		},
 		"add": func() error {
-			_, _, err := r.AddSegments(ctx, r.col.ID, r.segments(ids[4:]))
+			_, _, err := e.AddSegments(ctx, e.col.ID, e.segments(ids[4:]))
 			return err
 		},
 		"drop segments": func() error {
-			_, err := r.DropSegments(ctx, r.ref, ids[:2])
+			_, err := e.DropSegments(ctx, e.ref, ids[:2])
 			return err
 		},
-		"compact": func() error { return r.change(ctx, catalog.SegmentChange{Drop: ids[:2], Add: r.segments(ids[5:6])}) },
+		"compact": func() error { return e.change(ctx, catalog.SegmentChange{Drop: ids[:2], Add: e.segments(ids[5:6])}) },
 		"checkpoint": func() error {
-			_, err := r.SetCheckpoints(ctx, r.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 1}}})
+			_, err := e.SetCheckpoints(ctx, e.ref, []catalog.Checkpoint{{Position: segment.Position{Timestamp: 1}}})
 			return err
 		},
 		"ids": func() error {
-			_, err := r.AllocateIDs(ctx, request.Token{}, 1)
+			_, err := e.AllocateIDs(ctx, request.Token{}, 1)
 			return err
 		},
 	} {
-		r.refused(t, name, meta.ErrNoSpace, do)
+		e.refused(t, name, meta.ErrNoSpace, do)
 	}
 	kv.SetFull(false)
-	r.add(t, ids[4:]...)
-	if n, err := r.DropSegments(ctx, r.ref, ids); err != nil || n != len(ids) {
+	e.add(t, ids[4:]...)
+	if n, err := e.DropSegments(ctx, e.ref, ids); err != nil || n != len(ids) {
 		t.Errorf("dropped %d, %v", n, err)
 	}
 }

@@ -100,19 +100,19 @@ func spec(name string) catalog.Collection {
 
 func newEnv(t testing.TB, kv meta.KV) *env {
 	t.Helper()
-	r := &env{Catalog: open(kv), kv: kv}
-	col, err := r.CreateCollection(t.Context(), request.Token{}, spec("c"))
+	e := &env{Catalog: open(kv), kv: kv}
+	col, err := e.CreateCollection(t.Context(), request.Token{}, spec("c"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.col, r.ref = col, catalog.Ref{ID: col.ID}
-	return r
+	e.col, e.ref = col, catalog.Ref{ID: col.ID}
+	return e
 }
 
 // ids allocates n ids.
-func (r *env) ids(t testing.TB, n int64) []int64 {
+func (e *env) ids(t testing.TB, n int64) []int64 {
 	t.Helper()
-	got, err := r.AllocateIDs(t.Context(), request.Token{}, n)
+	got, err := e.AllocateIDs(t.Context(), request.Token{}, n)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func (r *env) ids(t testing.TB, n int64) []int64 {
 }
 
 // makeSegment is a flushed segment of n files in the native layout.
-func (r *env) makeSegment(id int64, n int) segment.Segment {
+func (e *env) makeSegment(id int64, n int) segment.Segment {
 	s := segment.Segment{
 		ID: id, Channel: int(id % 2), Level: 1, State: segment.Flushed, Rows: 1000, Sorted: true, StorageVersion: 2,
 		Start: segment.Position{Timestamp: segment.Timestamp(id) << 30},
@@ -136,35 +136,35 @@ func (r *env) makeSegment(id int64, n int) segment.Segment {
 			Field: 100 + int64(i), LogID: id*100 + int64(i), MinTimestamp: s.Start.Timestamp,
 			MaxTimestamp: s.Start.Timestamp + 5,
 		}
-		f.Path = catalog.NativePath(r.col.ID, &s, &f)
+		f.Path = catalog.NativePath(e.col.ID, &s, &f)
 		s.Files = append(s.Files, f)
 	}
 	return s
 }
 
-func (r *env) segments(ids []int64) []segment.Segment {
+func (e *env) segments(ids []int64) []segment.Segment {
 	list := make([]segment.Segment, len(ids))
 	for i, id := range ids {
-		list[i] = r.makeSegment(id, 3)
+		list[i] = e.makeSegment(id, 3)
 	}
 	return list
 }
 
 // add registers one segment per id.
-func (r *env) add(t testing.TB, ids ...int64) []segment.Segment {
+func (e *env) add(t testing.TB, ids ...int64) []segment.Segment {
 	t.Helper()
-	list := r.segments(ids)
-	if added, _, err := r.AddSegments(t.Context(), r.col.ID, list); err != nil || added != len(ids) {
+	list := e.segments(ids)
+	if added, _, err := e.AddSegments(t.Context(), e.col.ID, list); err != nil || added != len(ids) {
 		t.Fatalf("added %d, err = %v; want %d", added, err, len(ids))
 	}
 	return list
 }
 
 // scan returns the ids of the segments at a revision.
-func (r *env) scan(t testing.TB, revision int64) []int64 {
+func (e *env) scan(t testing.TB, revision int64) []int64 {
 	t.Helper()
 	ids := []int64{}
-	if _, err := r.ScanSegments(t.Context(), r.col.ID, revision, func(batch []segment.Segment) error {
+	if _, err := e.ScanSegments(t.Context(), e.col.ID, revision, func(batch []segment.Segment) error {
 		for i := range batch {
 			ids = append(ids, batch[i].ID)
 		}
@@ -176,11 +176,11 @@ func (r *env) scan(t testing.TB, revision int64) []int64 {
 }
 
 // units returns the dropped units of the collection, by their ids.
-func (r *env) units(t testing.TB) map[int64]*storagev1.Unit {
+func (e *env) units(t testing.TB) map[int64]*storagev1.Unit {
 	t.Helper()
 	units := map[int64]*storagev1.Unit{}
-	from, to := meta.Prefix(keys.UnitPrefix(r.col.ID))
-	if _, err := r.kv.Scan(t.Context(), from, to, 0, func(kvs []meta.KeyValue) error {
+	from, to := meta.Prefix(keys.UnitPrefix(e.col.ID))
+	if _, err := e.kv.Scan(t.Context(), from, to, 0, func(kvs []meta.KeyValue) error {
 		for _, kv := range kvs {
 			u := &storagev1.Unit{}
 			if err := record.Decode(kv, u); err != nil {
@@ -228,19 +228,19 @@ func dump(t testing.TB, kv meta.KV) map[string]string {
 }
 
 // refused asserts that do fails with want and writes nothing.
-func (r *env) refused(t testing.TB, what string, want error, do func() error) {
+func (e *env) refused(t testing.TB, what string, want error, do func() error) {
 	t.Helper()
-	before := dump(t, r.kv)
+	before := dump(t, e.kv)
 	if err := do(); !errors.Is(err, want) {
 		t.Errorf("%s: err = %v, want %v", what, err, want)
 	}
-	if diff := cmp.Diff(before, dump(t, r.kv)); diff != "" {
+	if diff := cmp.Diff(before, dump(t, e.kv)); diff != "" {
 		t.Errorf("%s was refused and wrote (-before +after):\n%s", what, diff)
 	}
 }
 
-func (r *env) change(ctx context.Context, swap catalog.SegmentChange) error {
-	_, err := r.Change(ctx, request.Token{}, r.ref, swap)
+func (e *env) change(ctx context.Context, swap catalog.SegmentChange) error {
+	_, err := e.Change(ctx, request.Token{}, e.ref, swap)
 	return err
 }
 
@@ -262,21 +262,21 @@ func sweep(t *testing.T, do func(*env) error, prepare, check func(*testing.T, *e
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			f := meta.NewFaulty(memory.New(memory.Options{}))
-			r := newEnv(t, f)
-			prepare(t, r)
+			e := newEnv(t, f)
+			prepare(t, e)
 			f.FailNth(n, fault)
-			err := do(r)
+			err := do(e)
 			fired := f.Fired() > 0
 			f.Hook(nil)
 			if err != nil && (!fired || !errors.Is(err, meta.ErrUnavailable)) {
 				t.Fatalf("fault %d in call %d: %v", fault, n, err)
 			}
 			for attempt := 0; err != nil; attempt++ {
-				if err = do(r); attempt == 3 {
+				if err = do(e); attempt == 3 {
 					t.Fatalf("fault %d in call %d: still fails: %v", fault, n, err)
 				}
 			}
-			if check(t, r); t.Failed() {
+			if check(t, e); t.Failed() {
 				t.Fatalf("fault %d in call %d", fault, n)
 			}
 			if !fired {

@@ -28,13 +28,13 @@ func BenchmarkAddSegments(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()
 		kv := etcdtest.Shared(b).KV(b)
-		r := newEnv(b, kv)
+		e := newEnv(b, kv)
 		var list []segment.Segment
-		for _, id := range r.ids(b, n) {
-			list = append(list, r.makeSegment(id, files))
+		for _, id := range e.ids(b, n) {
+			list = append(list, e.makeSegment(id, files))
 		}
 		b.StartTimer()
-		if added, _, err := r.AddSegments(ctx, r.col.ID, list); err != nil || added != n {
+		if added, _, err := e.AddSegments(ctx, e.col.ID, list); err != nil || added != n {
 			b.Fatalf("added %d, %v", added, err)
 		}
 		b.StopTimer()
@@ -42,7 +42,7 @@ func BenchmarkAddSegments(b *testing.B) {
 		bytes = 0
 		if _, err := kv.Scan(ctx, from, to, 0, func(kvs []meta.KeyValue) error {
 			for _, kv := range kvs {
-				if strings.HasPrefix(kv.Key, keys.SegmentPrefix(r.col.ID)) {
+				if strings.HasPrefix(kv.Key, keys.SegmentPrefix(e.col.ID)) {
 					bytes += len(kv.Value)
 				}
 			}

@@ -19,12 +19,12 @@ import (
 )
 
 // release makes ids gone, as the confirmation of their tombstones does.
-func (r *env) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
+func (e *env) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
 	t.Helper()
 	var units []*catalog.Unit
 	for _, id := range ids {
 		units = append(units, &catalog.Unit{
-			ID: id, Collection: r.col.ID, Kind: catalog.UnitSegment,
+			ID: id, Collection: e.col.ID, Kind: catalog.UnitSegment,
 			Segment: segment.Segment{ID: id},
 		})
 	}
@@ -32,7 +32,7 @@ func (r *env) release(t rapid.TB, c *catalog.Catalog, ids ...int64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if res, err := r.kv.Txn(context.Background(), meta.Txn{If: conds, Then: ops}); err != nil || !res.Succeeded {
+	if res, err := e.kv.Txn(context.Background(), meta.Txn{If: conds, Then: ops}); err != nil || !res.Succeeded {
 		t.Fatalf("%v, err = %v", res.Succeeded, err)
 	}
 }
@@ -45,7 +45,7 @@ func TestGone(t *testing.T) {
 		now := time.Unix(1e9, 0)
 		kv := memory.New(memory.Options{})
 		c := catalog.New(catalog.Options{KV: kv, Now: func() time.Time { return now }, MaxGoneRanges: limit, GoneGapAge: age})
-		r := &env{Catalog: c, kv: kv}
+		e := &env{Catalog: c, kv: kv}
 		const first, last = 4096 - 40, 4096 + 40 // of two blocks
 		gone := map[int64]bool{}
 		lowest, highest := map[int64]int64{}, map[int64]int64{}
@@ -72,7 +72,7 @@ func TestGone(t *testing.T) {
 				now, aged = now.Add(age), true
 			}
 			id := rapid.Int64Range(first, last).Draw(t, "id")
-			r.release(t, c, id)
+			e.release(t, c, id)
 			gone[id] = true
 			block := id / 4096
 			highest[block] = max(highest[block], id)
@@ -95,38 +95,38 @@ func TestStockInAClosedGap(t *testing.T) {
 		MaxGoneRanges: 3, GoneGapAge: time.Hour,
 	}
 	other := catalog.New(options)
-	r := &env{Catalog: catalog.New(options), kv: kv}
+	e := &env{Catalog: catalog.New(options), kv: kv}
 	before, err := other.AllocateIDs(t.Context(), request.Token{}, 10)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.col, err = r.CreateCollection(t.Context(), request.Token{}, spec("c")); err != nil { // takes a stock
+	if e.col, err = e.CreateCollection(t.Context(), request.Token{}, spec("c")); err != nil { // takes a stock
 		t.Fatal(err)
 	}
-	r.ref = catalog.Ref{ID: r.col.ID}
+	e.ref = catalog.Ref{ID: e.col.ID}
 	after, err := other.AllocateIDs(t.Context(), request.Token{}, 10)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range []int64{before.First, before.First + 2, before.First + 4, after.First + 2, after.First + 4} {
-		r.release(t, other, id)
+		e.release(t, other, id)
 	}
 	now = now.Add(2 * time.Hour)
-	r.release(t, other, after.First+6)
+	e.release(t, other, after.First+6)
 	id := after.First + 8
-	s := r.add(t, id)[0]
+	s := e.add(t, id)[0]
 	taken := catalog.FilePath{Root: s.Files[0].Root, Path: s.Files[0].Path}
-	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
+	if err := e.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
 		Segment:     id,
 		RemoveFiles: []catalog.FilePath{taken},
 	}}}); err != nil {
 		t.Fatal(err)
 	}
-	units := unitIDs(r.units(t))
+	units := unitIDs(e.units(t))
 	if len(units) != 1 || units[0] <= id {
 		t.Errorf("units %v, want one with a fresh id", units)
 	}
-	_, _, err = r.AddSegments(t.Context(), r.col.ID, r.segments([]int64{before.First + 1}))
+	_, _, err = e.AddSegments(t.Context(), e.col.ID, e.segments([]int64{before.First + 1}))
 	if !errors.Is(err, catalog.ErrIDUsed) {
 		t.Errorf("an id of the caller's in the gap: %v", err)
 	}
@@ -136,13 +136,13 @@ func TestStockInAClosedGap(t *testing.T) {
 func TestGoneIsSmall(t *testing.T) {
 	kv := memory.New(memory.Options{})
 	c := catalog.New(catalog.Options{KV: kv, Now: time.Now})
-	r := &env{Catalog: c, kv: kv}
+	e := &env{Catalog: c, kv: kv}
 	for id := int64(4096); id < 8192; id += 2 * 50 {
 		var ids []int64
 		for i := id; i < min(id+100, 8192); i += 2 {
 			ids = append(ids, i)
 		}
-		r.release(t, c, ids...)
+		e.release(t, c, ids...)
 	}
 	kv1, _, _, err := kv.Get(t.Context(), keys.Gone(1))
 	if err != nil || len(kv1.Value) > 8<<10 {
@@ -153,7 +153,7 @@ func TestGoneIsSmall(t *testing.T) {
 		for i := id; i < min(id+100, 8192); i += 2 {
 			ids = append(ids, i)
 		}
-		r.release(t, c, ids...)
+		e.release(t, c, ids...)
 	}
 	if kv1, _, _, err = kv.Get(t.Context(), keys.Gone(1)); err != nil || len(kv1.Value) > 20 {
 		t.Errorf("a block that is gone whole takes %d bytes, err = %v", len(kv1.Value), err)
@@ -164,33 +164,33 @@ func TestGoneIsSmall(t *testing.T) {
 // while ids beside it may be registered in any order; a late repeat of a drop is
 // success.
 func TestLateRepeat(t *testing.T) {
-	r := newEnv(t, memory.New(memory.Options{}))
-	ids := r.ids(t, 10)
-	r.add(t, ids[4], ids[6])
+	e := newEnv(t, memory.New(memory.Options{}))
+	ids := e.ids(t, 10)
+	e.add(t, ids[4], ids[6])
 	for _, id := range []int64{ids[4], ids[6]} {
-		if _, err := r.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.Segment(r.col.ID, id))}}); err != nil {
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(keys.Segment(e.col.ID, id))}}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	r.release(t, r.Catalog, ids[4], ids[6])
+	e.release(t, e.Catalog, ids[4], ids[6])
 	for _, id := range []int64{ids[4], ids[6]} {
-		r.refused(t, fmt.Sprint("segment ", id), catalog.ErrIDUsed, func() error {
-			_, _, err := r.AddSegments(t.Context(), r.col.ID, r.segments([]int64{id}))
+		e.refused(t, fmt.Sprint("segment ", id), catalog.ErrIDUsed, func() error {
+			_, _, err := e.AddSegments(t.Context(), e.col.ID, e.segments([]int64{id}))
 			return err
 		})
-		r.refused(t, fmt.Sprint("output ", id), catalog.ErrIDUsed, func() error {
-			return r.change(t.Context(), catalog.SegmentChange{Add: r.segments([]int64{id})})
+		e.refused(t, fmt.Sprint("output ", id), catalog.ErrIDUsed, func() error {
+			return e.change(t.Context(), catalog.SegmentChange{Add: e.segments([]int64{id})})
 		})
 	}
-	r.add(t, ids[9])
-	r.add(t, ids[5], ids[0])
-	if n, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4], ids[5], ids[6]}); n != 1 || err != nil {
+	e.add(t, ids[9])
+	e.add(t, ids[5], ids[0])
+	if n, err := e.DropSegments(t.Context(), e.ref, []int64{ids[4], ids[5], ids[6]}); n != 1 || err != nil {
 		t.Errorf("dropped %d, err = %v; want the one that is there", n, err)
 	}
-	if n, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4]}); n != 0 || err != nil {
+	if n, err := e.DropSegments(t.Context(), e.ref, []int64{ids[4]}); n != 0 || err != nil {
 		t.Errorf("dropped %d, err = %v", n, err)
 	}
-	if _, err := r.DropSegments(t.Context(), r.ref, []int64{ids[4], ids[7]}); !errors.Is(err, catalog.ErrSegmentNotFound) {
+	if _, err := e.DropSegments(t.Context(), e.ref, []int64{ids[4], ids[7]}); !errors.Is(err, catalog.ErrSegmentNotFound) {
 		t.Errorf("one that never was: %v", err)
 	}
 }

@@ -62,27 +62,27 @@ func (s *spyKV) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
 // in between, and drops of that do not disturb it.
 func TestScatteredIDs(t *testing.T) {
 	kv := &spyKV{KV: memory.New(memory.Options{})}
-	r := newEnv(t, kv)
-	low := r.ids(t, 1)
-	between := r.ids(t, 4000)
-	high := r.ids(t, 1)
+	e := newEnv(t, kv)
+	low := e.ids(t, 1)
+	between := e.ids(t, 4000)
+	high := e.ids(t, 1)
 	dropped := between[1500:1600]
-	r.add(t, dropped...)
-	if _, err := r.DropSegments(t.Context(), r.ref, dropped[1:]); err != nil {
+	e.add(t, dropped...)
+	if _, err := e.DropSegments(t.Context(), e.ref, dropped[1:]); err != nil {
 		t.Fatal(err)
 	}
 	kv.adds, kv.units = 0, 0
 	kv.before = func() {
-		if _, err := open(kv.KV).DropSegments(t.Context(), r.ref, dropped[:1]); err != nil {
+		if _, err := open(kv.KV).DropSegments(t.Context(), e.ref, dropped[:1]); err != nil {
 			t.Error(err)
 		}
 	}
-	r.add(t, low[0], high[0])
+	e.add(t, low[0], high[0])
 	if kv.adds != 1 || kv.units != 0 || kv.before != nil {
 		t.Errorf("%d transactions, %d dropped units were read", kv.adds, kv.units)
 	}
 	// What was dropped itself is still refused.
-	if _, _, err := r.AddSegments(t.Context(), r.col.ID, r.segments([]int64{dropped[5]})); err == nil {
+	if _, _, err := e.AddSegments(t.Context(), e.col.ID, e.segments([]int64{dropped[5]})); err == nil {
 		t.Error("a dropped id was registered again")
 	}
 }
@@ -109,8 +109,8 @@ func TestListOfADatabaseReadsOnlyIt(t *testing.T) {
 // are whose ids follow each other.
 func TestIDsOfManyBlocks(t *testing.T) {
 	const segments, apart = 200, 5000
-	r := newEnv(t, memory.New(memory.Options{}))
-	got, err := r.AllocateIDs(t.Context(), request.Token{}, segments*apart)
+	e := newEnv(t, memory.New(memory.Options{}))
+	got, err := e.AllocateIDs(t.Context(), request.Token{}, segments*apart)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,8 +118,8 @@ func TestIDsOfManyBlocks(t *testing.T) {
 	for i := range ids {
 		ids[i] = got.First + int64(i)*apart
 	}
-	r.add(t, ids...)
-	if scanned := r.scan(t, 0); !slices.Equal(scanned, ids) {
+	e.add(t, ids...)
+	if scanned := e.scan(t, 0); !slices.Equal(scanned, ids) {
 		t.Errorf("%d segments are there", len(scanned))
 	}
 }

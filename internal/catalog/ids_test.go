@@ -168,7 +168,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 func TestReserveAndRelease(t *testing.T) {
 	ctx := t.Context()
 	kv := memory.New(memory.Options{})
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	whole := catalog.IDRange{First: 100_000, Count: 1024}
 	deny := catalog.New(catalog.Options{
 		KV: kv, Now: time.Now, Rand: rand.Reader,
@@ -177,11 +177,11 @@ func TestReserveAndRelease(t *testing.T) {
 	if err := deny.ReserveIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
 		t.Errorf("reserve: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
 	}
-	if err := r.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 2, Count: math.MaxInt64 - 1}); !errors.Is(err,
+	if err := e.ReserveIDs(ctx, request.Token{}, catalog.IDRange{First: 2, Count: math.MaxInt64 - 1}); !errors.Is(err,
 		catalog.ErrInvalid) {
 		t.Errorf("reserve all ids: err = %v, want %v", err, catalog.ErrInvalid)
 	}
-	if err := r.ReserveIDs(ctx, request.Token{}, whole); err != nil {
+	if err := e.ReserveIDs(ctx, request.Token{}, whole); err != nil {
 		t.Fatal(err)
 	}
 	if err := deny.ReserveIDs(ctx, request.Token{}, whole); err != nil {
@@ -190,10 +190,10 @@ func TestReserveAndRelease(t *testing.T) {
 	if _, err := deny.ReleaseIDs(ctx, request.Token{}, whole); !errors.Is(err, catalog.ErrReserveNotAllowed) {
 		t.Errorf("release: err = %v, want %v", err, catalog.ErrReserveNotAllowed)
 	}
-	r.add(t, 100_007)
+	e.add(t, 100_007)
 	freed := catalog.IDRange{First: 100_009, Count: 1024 - 9}
 	for range 2 { // the second is a repeat
-		if got, err := r.ReleaseIDs(ctx, token("release"), whole); err != nil || got != freed {
+		if got, err := e.ReleaseIDs(ctx, token("release"), whole); err != nil || got != freed {
 			t.Errorf("released %v, %v; want %v", got, err, freed)
 		}
 	}
@@ -202,7 +202,7 @@ func TestReserveAndRelease(t *testing.T) {
 			t.Errorf("Allocated(%d) = %v, %v; want %v", id, ok, err, want)
 		}
 	}
-	if _, _, err := r.AddSegments(ctx, r.col.ID, r.segments([]int64{100_100})); !errors.Is(err,
+	if _, _, err := e.AddSegments(ctx, e.col.ID, e.segments([]int64{100_100})); !errors.Is(err,
 		catalog.ErrIDNotAllocated) {
 		t.Errorf("register an id that was given back: %v", err)
 	}

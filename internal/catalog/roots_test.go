@@ -12,17 +12,17 @@ import (
 )
 
 // rooted makes a collection with one root.
-func (r *env) rooted(t testing.TB, name, prefix string) error {
+func (e *env) rooted(t testing.TB, name, prefix string) error {
 	t.Helper()
 	s := spec(name)
 	s.Roots = []catalog.Root{{Store: "default", Prefix: prefix}}
-	_, err := r.CreateCollection(t.Context(), request.Token{}, s)
+	_, err := e.CreateCollection(t.Context(), request.Token{}, s)
 	return err
 }
 
 // testRoots shows that roots of one store are equal or apart.
 func testRoots(t *testing.T, kv meta.KV) {
-	r := newEnv(t, kv) // with data/
+	e := newEnv(t, kv) // with data/
 	for i, c := range []struct {
 		prefix string
 		nested bool
@@ -41,7 +41,7 @@ func testRoots(t *testing.T, kv meta.KV) {
 		{"data0/a/-/", false},
 		{"data0/a-/", false},
 	} {
-		err := r.rooted(t, fmt.Sprint("r", i), c.prefix)
+		err := e.rooted(t, fmt.Sprint("r", i), c.prefix)
 		if got := errors.Is(err, catalog.ErrRootNested); got != c.nested || !c.nested && err != nil {
 			t.Errorf("root %q: %v, want it refused: %v", c.prefix, err, c.nested)
 		}
@@ -51,13 +51,13 @@ func testRoots(t *testing.T, kv meta.KV) {
 // testRootRace makes collections whose roots lie inside each other at once: all that
 // are made are equal or apart.
 func testRootRace(t *testing.T, kv meta.KV) {
-	r := newEnv(t, kv)
+	e := newEnv(t, kv)
 	for round := range 5 {
 		prefixes := []string{"x%d/", "x%d/1/", "x%d/1/2/", "x%d/"}
 		errs := make([]error, len(prefixes))
 		var group sync.WaitGroup
 		for i, prefix := range prefixes {
-			group.Go(func() { errs[i] = r.rooted(t, fmt.Sprintf("n%d-%d", round, i), fmt.Sprintf(prefix, round)) })
+			group.Go(func() { errs[i] = e.rooted(t, fmt.Sprintf("n%d-%d", round, i), fmt.Sprintf(prefix, round)) })
 		}
 		group.Wait()
 		made := map[string]bool{}
@@ -77,25 +77,25 @@ func testRootRace(t *testing.T, kv meta.KV) {
 
 // testRootReturns shows that a root is free when the last collection with it is gone.
 func testRootReturns(t *testing.T, kv meta.KV) {
-	r := newEnv(t, kv)
-	if err := r.rooted(t, "a", "again/"); err != nil {
+	e := newEnv(t, kv)
+	if err := e.rooted(t, "a", "again/"); err != nil {
 		t.Fatal(err)
 	}
-	col, err := r.DropCollection(t.Context(), request.Token{}, catalog.Ref{DB: "db", Name: "a"}, 0)
+	col, err := e.DropCollection(t.Context(), request.Token{}, catalog.Ref{DB: "db", Name: "a"}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.rooted(t, "b", "again/deep/"); !errors.Is(err, catalog.ErrRootNested) {
+	if err := e.rooted(t, "b", "again/deep/"); !errors.Is(err, catalog.ErrRootNested) {
 		t.Errorf("inside a root of a collection that is being dropped: %v", err)
 	}
-	dropped, err := r.Collection(t.Context(), catalog.Ref{ID: col})
+	dropped, err := e.Collection(t.Context(), catalog.Ref{ID: col})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if done, err := r.FinishCollection(t.Context(), &dropped); !done || err != nil {
+	if done, err := e.FinishCollection(t.Context(), &dropped); !done || err != nil {
 		t.Fatalf("finished %v, %v", done, err)
 	}
-	if err := r.rooted(t, "b", "again/deep/"); err != nil {
+	if err := e.rooted(t, "b", "again/deep/"); err != nil {
 		t.Errorf("after the collection is gone: %v", err)
 	}
 }

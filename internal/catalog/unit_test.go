@@ -103,13 +103,13 @@ func TestUnitOfStub(t *testing.T) {
 
 // A file is found with what it is part of, through all its life.
 func TestFindOwner(t *testing.T) {
-	r := newEnv(t, memory.New(memory.Options{}))
-	ids := r.ids(t, 4)
-	list := r.add(t, ids[0], ids[1])
+	e := newEnv(t, memory.New(memory.Options{}))
+	ids := e.ids(t, 4)
+	list := e.add(t, ids[0], ids[1])
 	// What it is looked for with: by the path's ids, or by the segment's.
 	find := func(path string, under int64) string {
 		t.Helper()
-		owner, found, err := r.FindOwner(t.Context(), r.col.ID, catalog.FilePath{Path: path}, under)
+		owner, found, err := e.FindOwner(t.Context(), e.col.ID, catalog.FilePath{Path: path}, under)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -126,12 +126,12 @@ func TestFindOwner(t *testing.T) {
 		t.Errorf("got %s", got)
 	}
 	other := segment.File{Path: "anywhere/at-all", Kind: "k"}
-	if err := r.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
+	if err := e.change(t.Context(), catalog.SegmentChange{Update: []catalog.Update{{
 		Segment: ids[0], RemoveFiles: []catalog.FilePath{{Path: path}}, AddFiles: []segment.File{other},
 	}}}); err != nil {
 		t.Fatal(err)
 	}
-	units := unitIDs(r.units(t))
+	units := unitIDs(e.units(t))
 	if len(units) != 1 {
 		t.Fatalf("units %v", units)
 	}
@@ -145,7 +145,7 @@ func TestFindOwner(t *testing.T) {
 	if got := find(other.Path, ids[0]); got != foreign {
 		t.Errorf("got %s, want %s", got, foreign)
 	}
-	if err := r.change(t.Context(), catalog.SegmentChange{Drop: ids[:1]}); err != nil {
+	if err := e.change(t.Context(), catalog.SegmentChange{Drop: ids[:1]}); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := find(other.Path, ids[0]), fmt.Sprintf("true %+v",

@@ -14,17 +14,17 @@ import (
 // TestManifestsOfChunks checks that a chunk without captured segments leaves a gap in
 // the manifest numbers and writes no object.
 func TestManifestsOfChunks(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		var all, want []segment.Segment
 		for i := range 3*chunkSegments + 10 {
-			s := w.segment(r, col, 0, 1, 2)
+			s := e.segment(r, col, 0, 1, 2)
 			switch {
 			case i/chunkSegments == 1: // after the cut
-				s = w.segment(r, col, 0, 10, 11)
+				s = e.segment(r, col, 0, 10, 11)
 			case i == 5: // straddles the cut
-				s = w.segment(r, col, 0, 1, 11)
+				s = e.segment(r, col, 0, 1, 11)
 			}
 			all = append(all, s)
 			if i == 5 {
@@ -34,10 +34,10 @@ func TestManifestsOfChunks(t *testing.T) {
 				want = append(want, s)
 			}
 		}
-		w.add(r, col, all...)
-		w.checkpoint(r, col, 10, 10)
-		snap := w.create(r, col, "x")
-		if diff := cmp.Diff(want, w.segments(r, snap)); diff != "" {
+		e.add(r, col, all...)
+		e.checkpoint(r, col, 10, 10)
+		snap := e.create(r, col, "x")
+		if diff := cmp.Diff(want, e.segments(r, snap)); diff != "" {
 			t.Errorf("segments (-want +got):\n%s", diff)
 		}
 		d, err := r.Describe(t.Context(), Ref{Name: "x"})
@@ -58,7 +58,7 @@ func TestManifestsOfChunks(t *testing.T) {
 
 		// Verification checks the files of every chunk.
 		for _, s := range want[:len(want)-1] {
-			if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
+			if _, err := e.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -70,7 +70,7 @@ func TestManifestsOfChunks(t *testing.T) {
 		if !strings.Contains(errText(err), last) {
 			t.Errorf("%v does not name %s", err, last)
 		}
-		if _, err := w.objects.Put(t.Context(), last, []byte("ten bytes.")); err != nil {
+		if _, err := e.objects.Put(t.Context(), last, []byte("ten bytes.")); err != nil {
 			t.Fatal(err)
 		}
 		again, err := r.Create(t.Context(), request.Token{}, sp)
@@ -80,6 +80,6 @@ func TestManifestsOfChunks(t *testing.T) {
 		if diff := cmp.Diff(snap.Totals, again.Totals); diff != "" {
 			t.Errorf("totals (-unverified +verified):\n%s", diff)
 		}
-		w.check(r)
+		e.check(r)
 	})
 }

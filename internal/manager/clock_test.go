@@ -25,7 +25,7 @@ import (
 
 // on configures a replica that runs on a host. With alone, its object store is a
 // directory of the host.
-func (w *testEnv) on(h *hosts.Host, alone bool) func(*testOptions) {
+func (e *env) on(h *hosts.Host, alone bool) func(*testOptions) {
 	h.Boot()
 	return func(o *testOptions) {
 		o.Now = h.Now
@@ -48,22 +48,22 @@ type onHost struct {
 
 func (s onHost) Now(context.Context) (time.Time, error) { return s.h.Now(), nil }
 
-func (w *testEnv) left(r *testReplica) int {
-	w.t.Helper()
-	list, _, err := r.List(w.t.Context(), Filter{}, Place{}, 1000)
+func (e *env) left(r *testReplica) int {
+	e.t.Helper()
+	list, _, err := r.List(e.t.Context(), Filter{}, Place{}, 1000)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return len(list)
 }
 
-func (w *testEnv) createTTL(r *testReplica, col catalog.Collection, name string, ttl time.Duration) *snapshot.Record {
-	w.t.Helper()
+func (e *env) createTTL(r *testReplica, col catalog.Collection, name string, ttl time.Duration) *snapshot.Record {
+	e.t.Helper()
 	sp := spec(col, name)
 	sp.TTL = ttl
-	s, err := r.Create(w.t.Context(), request.Token{}, sp)
+	s, err := r.Create(e.t.Context(), request.Token{}, sp)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return s
 }
@@ -72,20 +72,20 @@ func (w *testEnv) createTTL(r *testReplica, col catalog.Collection, name string,
 // the creating replica's clock.
 func TestTTLWithSkewedCreatorClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, -2 * time.Hour, 2 * time.Hour} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a")
+		inEnv(t, func(t *testing.T, e *env) {
+			a := e.start("a")
 			settle()
-			b := w.start("b", w.on(hosts.Off(by), false))
-			col, _, _ := w.collection(a, "c")
-			w.createTTL(b, col, "short", time.Hour)
+			b := e.start("b", e.on(hosts.Off(by), false))
+			col, _, _ := e.collection(a, "c")
+			e.createTTL(b, col, "short", time.Hour)
 			time.Sleep(59 * time.Minute)
 			settle()
-			if w.left(a) != 1 {
+			if e.left(a) != 1 {
 				t.Errorf("off by %v: a snapshot with a ttl of one hour is gone after 59 minutes", by)
 			}
 			time.Sleep(3 * time.Minute)
 			settle()
-			if w.left(a) != 0 {
+			if e.left(a) != 0 {
 				t.Errorf("off by %v: a snapshot with a ttl of one hour is there after 62 minutes", by)
 			}
 		})
@@ -96,27 +96,27 @@ func TestTTLWithSkewedCreatorClock(t *testing.T) {
 // replica drops.
 func TestDropTimeWithSkewedClock(t *testing.T) {
 	for _, by := range []time.Duration{-2 * time.Hour, 2 * time.Hour} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
+		inEnv(t, func(t *testing.T, e *env) {
+			a := e.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour })
 			settle()
-			b := w.start("b", w.on(hosts.Off(by), false))
-			col, _, _ := w.collection(a, "c")
-			gone, _, _ := w.collection(a, "gone")
-			s, other := w.segment(a, col, 0, 1, 9), w.segment(a, gone, 0, 1, 9)
-			w.addWritten(a, col, s)
-			w.addWritten(a, gone, other)
-			w.dropSegments(b, col, s.ID)
+			b := e.start("b", e.on(hosts.Off(by), false))
+			col, _, _ := e.collection(a, "c")
+			gone, _, _ := e.collection(a, "gone")
+			s, other := e.segment(a, col, 0, 1, 9), e.segment(a, gone, 0, 1, 9)
+			e.addWritten(a, col, s)
+			e.addWritten(a, gone, other)
+			e.dropSegments(b, col, s.ID)
 			if _, err := b.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: gone.ID}, 0); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(58 * time.Minute)
 			settle()
-			if n := len(w.objectsUnder("data/")); n != 2 {
+			if n := len(e.objectsUnder("data/")); n != 2 {
 				t.Errorf("off by %v: %d of 2 files are left 58 minutes after the drop", by, n)
 			}
 			time.Sleep(6 * time.Minute)
 			settle()
-			if n := len(w.objectsUnder("data/")); n != 0 {
+			if n := len(e.objectsUnder("data/")); n != 0 {
 				t.Errorf("off by %v: %d files are left 64 minutes after the drop", by, n)
 			}
 		})
@@ -126,23 +126,23 @@ func TestDropTimeWithSkewedClock(t *testing.T) {
 // TestHostClockSteps checks that a host whose clock steps deletes nothing, before and
 // after a restart, until RecoverClock.
 func TestHostClockSteps(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		h := &hosts.Host{}
-		r := w.start("a", w.on(h, true))
-		col, _, _ := w.collection(r, "c")
-		w.createTTL(r, col, "month", 30*24*time.Hour)
-		s, later := w.segment(r, col, 0, 1, 9), w.segment(r, col, 0, 1, 9)
-		w.addWritten(r, col, s)
-		w.add(r, col, later)
-		w.checkpoint(r, col, 10, 10)
-		w.dropSegments(r, col, s.ID)
+		r := e.start("a", e.on(h, true))
+		col, _, _ := e.collection(r, "c")
+		e.createTTL(r, col, "month", 30*24*time.Hour)
+		s, later := e.segment(r, col, 0, 1, 9), e.segment(r, col, 0, 1, 9)
+		e.addWritten(r, col, s)
+		e.add(r, col, later)
+		e.checkpoint(r, col, 10, 10)
+		e.dropSegments(r, col, s.ID)
 		time.Sleep(time.Minute)
 		h.Off.Set(365 * 24 * time.Hour) // wrong until NTP steps it back
 		time.Sleep(10 * time.Minute)
 		settle()
 		check := func(when string) {
 			t.Helper()
-			if snapshots, files := w.left(r), len(w.objectsUnder("data/")); snapshots != 1 || files != 1 {
+			if snapshots, files := e.left(r), len(e.objectsUnder("data/")); snapshots != 1 || files != 1 {
 				t.Fatalf("%s: %d snapshots and %d files are left", when, snapshots, files)
 			}
 		}
@@ -168,7 +168,7 @@ func TestHostClockSteps(t *testing.T) {
 		wantUntrusted("restore with a timeout", err)
 		_, err = r.Collect(t.Context(), collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}})
 		wantUntrusted("round", err)
-		w.create(r, col, "forever")
+		e.create(r, col, "forever")
 		if err := dropByName(t.Context(), r, "forever"); err != nil {
 			t.Error(err)
 		}
@@ -176,7 +176,7 @@ func TestHostClockSteps(t *testing.T) {
 			t.Error("the state is not in the stats")
 		}
 		r.stop()
-		r = w.start("b", w.on(h, true))
+		r = e.start("b", e.on(h, true))
 		time.Sleep(10 * time.Minute)
 		settle()
 		check("after a restart")
@@ -189,10 +189,10 @@ func TestHostClockSteps(t *testing.T) {
 		}
 		time.Sleep(4 * time.Hour)
 		settle()
-		if snapshots, files := w.left(r), len(w.objectsUnder("data/")); snapshots != 1 || files != 0 {
+		if snapshots, files := e.left(r), len(e.objectsUnder("data/")); snapshots != 1 || files != 0 {
 			t.Errorf("after recover: %d snapshots and %d files are left", snapshots, files)
 		}
-		w.dropSegments(r, col, later.ID)
+		e.dropSegments(r, col, later.ID)
 	})
 }
 
@@ -205,18 +205,18 @@ func dropByName(ctx context.Context, r *testReplica, name string) error {
 // dropped after it, and that an unexplained gap of the clock expires nothing.
 func TestDowntimeAndExpiry(t *testing.T) {
 	for days, want := range map[int]int{30: 0, 36: 1} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			h := &hosts.Host{}
-			r := w.start("a", w.on(h, true))
-			col, _, _ := w.collection(r, "c")
-			w.createTTL(r, col, "week", 7*24*time.Hour)
+			r := e.start("a", e.on(h, true))
+			col, _, _ := e.collection(r, "c")
+			e.createTTL(r, col, "week", 7*24*time.Hour)
 			settle()
 			r.stop()
 			h.Slept.Add(time.Duration(days) * 24 * time.Hour)
-			r = w.start("a", w.on(h, true))
+			r = e.start("a", e.on(h, true))
 			time.Sleep(10 * time.Minute)
 			settle()
-			if n := w.left(r); n != want {
+			if n := e.left(r); n != want {
 				t.Errorf("%d snapshots are left after %d days, want %d", n, days, want)
 			}
 		})
@@ -225,16 +225,16 @@ func TestDowntimeAndExpiry(t *testing.T) {
 
 // TestSleepingHost checks that a host continues after it slept for a night.
 func TestSleepingHost(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		h := &hosts.Host{}
-		r := w.start("a", w.on(h, true))
-		col, _, _ := w.collection(r, "c")
-		w.createTTL(r, col, "hour", time.Hour)
+		r := e.start("a", e.on(h, true))
+		col, _, _ := e.collection(r, "c")
+		e.createTTL(r, col, "hour", time.Hour)
 		time.Sleep(time.Minute)
 		h.Slept.Set(8 * time.Hour)
 		time.Sleep(2 * time.Minute)
 		settle()
-		if n := w.left(r); n != 0 || r.Stats().ClockStopped {
+		if n := e.left(r); n != 0 || r.Stats().ClockStopped {
 			t.Errorf("%d snapshots are left, stopped: %v", n, r.Stats().ClockStopped)
 		}
 	})
@@ -248,15 +248,15 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 		{10 * time.Minute, 0},
 		{0, 10 * time.Minute},
 	} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a", w.on(hosts.Off(off.leader), false))
+		inEnv(t, func(t *testing.T, e *env) {
+			a := e.start("a", e.on(hosts.Off(off.leader), false))
 			settle()
-			b := w.start("b", w.on(hosts.Off(off.other), false))
-			col, _, _ := w.collection(a, "c")
-			s := w.segment(a, col, 0, 1, 9)
-			w.addWritten(a, col, s)
-			w.checkpoint(a, col, 10, 10)
-			w.create(a, col, "s")
+			b := e.start("b", e.on(hosts.Off(off.other), false))
+			col, _, _ := e.collection(a, "c")
+			s := e.segment(a, col, 0, 1, 9)
+			e.addWritten(a, col, s)
+			e.checkpoint(a, col, 10, 10)
+			e.create(a, col, "s")
 			job, err := b.Restore(t.Context(), request.Token{}, &RestoreSpec{
 				Snapshot: Ref{Name: "s"}, DB: "default", Name: "copy", Timeout: 5 * time.Minute,
 			})
@@ -276,12 +276,12 @@ func TestRestoreDeadlineAndClocks(t *testing.T) {
 // TestWorkerMeasuresTheClock checks that a worker knows how far its host's clock is off
 // before it is registered, also in a replica that measures for no other reason.
 func TestWorkerMeasuresTheClock(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		w.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
+	inEnv(t, func(t *testing.T, e *env) {
+		e.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
 		settle()
-		r := w.start("a", w.on(hosts.Off(-24*time.Hour), false))
+		r := e.start("a", e.on(hosts.Off(-24*time.Hour), false))
 		r.kv.Hook(func(meta.Call) meta.Fault {
-			if len(w.keysUnder(keys.WorkerPrefix)) > 0 && r.Stats().ClockSkew == 0 {
+			if len(e.keysUnder(keys.WorkerPrefix)) > 0 && r.Stats().ClockSkew == 0 {
 				t.Error("the worker is registered, and the clock is not measured")
 			}
 			return meta.NoFault
@@ -289,7 +289,7 @@ func TestWorkerMeasuresTheClock(t *testing.T) {
 		settle()
 		time.Sleep(time.Minute)
 		settle()
-		if n := len(w.keysUnder(keys.WorkerPrefix)); n != 1 {
+		if n := len(e.keysUnder(keys.WorkerPrefix)); n != 1 {
 			t.Errorf("%d workers", n)
 		}
 		r.kv.Hook(nil)
@@ -300,10 +300,10 @@ func TestWorkerMeasuresTheClock(t *testing.T) {
 // trusted reading, by which a stalled job is detected.
 func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 	for _, by := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", w.on(hosts.Off(by), false))
-			col := w.richCollection(r, "c", copyjob.TaskSegments+1)
-			s := w.create(r, col, "s")
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", e.on(hosts.Off(by), false))
+			col := e.richCollection(r, "c", copyjob.TaskSegments+1)
+			s := e.create(r, col, "s")
 			var last atomic.Int64 // segment of the second task, whose copy is blocked
 			r.store.Plan(func(c object.Call) object.Fault {
 				if c.Op == object.OpCopy && strings.Contains(c.Keys[len(c.Keys)-1], fmt.Sprintf("/%d/", last.Load())) {
@@ -319,8 +319,8 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 			time.Sleep(time.Minute)
 			settle()
 			done := 0
-			for _, key := range w.keysUnder(keys.TaskPrefix(job.ID)) {
-				kv, _, _, err := w.kv.Get(t.Context(), key)
+			for _, key := range e.keysUnder(keys.TaskPrefix(job.ID)) {
+				kv, _, _, err := e.kv.Get(t.Context(), key)
 				rec := &storagev1.Task{}
 				if err == nil {
 					err = record.Decode(kv, rec)
@@ -340,7 +340,7 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 				t.Errorf("%d tasks are done, want the first", done)
 			}
 			r.store.Plan(nil)
-			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 		})
@@ -350,20 +350,20 @@ func TestFinishTimeWithSkewedWorkerClock(t *testing.T) {
 // TestExpiredButPinned checks that pinned snapshots cause no work when they expire,
 // until the pin is removed.
 func TestExpiredButPinned(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		idle := func(pinned int) int {
-			r := w.start(fmt.Sprint("a", pinned), func(o *testOptions) { o.Parts.Collector.Off = true })
+			r := e.start(fmt.Sprint("a", pinned), func(o *testOptions) { o.Parts.Collector.Off = true })
 			defer r.stop()
-			col, _, _ := w.collection(r, fmt.Sprint("c", pinned))
+			col, _, _ := e.collection(r, fmt.Sprint("c", pinned))
 			for i := range pinned {
-				s := w.createTTL(r, col, fmt.Sprint("s", i), time.Hour)
-				w.put(keys.PinPrefix(s.ID)+"p", []byte{1})
+				s := e.createTTL(r, col, fmt.Sprint("s", i), time.Hour)
+				e.put(keys.PinPrefix(s.ID)+"p", []byte{1})
 			}
 			time.Sleep(2 * time.Hour)
 			settle()
 			before := r.kv.Calls()
 			for i := range 10 {
-				w.create(r, col, fmt.Sprintf("new-%d-%d", pinned, i))
+				e.create(r, col, fmt.Sprintf("new-%d-%d", pinned, i))
 				settle()
 			}
 			time.Sleep(time.Hour)
@@ -374,25 +374,25 @@ func TestExpiredButPinned(t *testing.T) {
 		if with > without+100 { // with one attempt per pass there would be 50
 			t.Errorf("%d calls with 50 expired and pinned snapshots, %d without", with, without)
 		}
-		r := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+		r := e.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		settle()
-		n := w.left(r)
+		n := e.left(r)
 		s, err := r.Get(t.Context(), Ref{Name: "s7"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.remove(keys.PinPrefix(s.ID) + "p")
+		e.remove(keys.PinPrefix(s.ID) + "p")
 		settle()
-		if w.left(r) != n-1 {
+		if e.left(r) != n-1 {
 			t.Error("the snapshot stays when its pin is gone")
 		}
 	})
 }
 
-func (w *testEnv) remove(key string) {
-	w.t.Helper()
-	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
-		w.t.Fatal(err)
+func (e *env) remove(key string) {
+	e.t.Helper()
+	if _, err := e.kv.Txn(e.t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(key)}}); err != nil {
+		e.t.Fatal(err)
 	}
 }
 
@@ -400,43 +400,43 @@ func (w *testEnv) remove(key string) {
 // lease continues, as after a restart of etcd.
 func TestPinExpiresBeforeItsLease(t *testing.T) {
 	// again restarts the lease of a pin.
-	again := func(t *testing.T, w *testEnv, p *Pin) {
+	again := func(t *testing.T, e *env, p *Pin) {
 		t.Helper()
-		kv, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID))
+		kv, found, _, err := e.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID))
 		if err != nil || !found {
 			t.Fatal(found, err)
 		}
-		if err := w.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
+		if err := e.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
 			t.Fatal(err)
 		}
 	}
-	pinned := func(t *testing.T, w *testEnv, r *testReplica) (*snapshot.Record, *Pin) {
+	pinned := func(t *testing.T, e *env, r *testReplica) (*snapshot.Record, *Pin) {
 		t.Helper()
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "s")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "s")
 		p, err := r.Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "me", TTL: time.Hour})
 		if err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(59 * time.Minute)
-		again(t, w, p)
+		again(t, e, p)
 		return s, p
 	}
 	t.Run("the leader removes it", func(t *testing.T) {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a")
-			_, p := pinned(t, w, r)
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a")
+			_, p := pinned(t, e, r)
 			time.Sleep(3 * time.Minute)
 			settle()
-			if _, found, _, err := w.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID)); found || err != nil {
+			if _, found, _, err := e.kv.Get(t.Context(), keys.Pin(p.Snapshot, p.ID)); found || err != nil {
 				t.Errorf("the pin is there: %v, %v", found, err)
 			}
 		})
 	})
 	t.Run("readers and a drop do not wait for that", func(t *testing.T) {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *testOptions) { o.CleanInterval = 24 * time.Hour })
-			s, p := pinned(t, w, r)
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", func(o *testOptions) { o.CleanInterval = 24 * time.Hour })
+			s, p := pinned(t, e, r)
 			if list, _, err := r.Pins(t.Context(), s.ID, PinPlace{}, 10); len(list) != 1 || err != nil {
 				t.Fatal(list, err)
 			}
@@ -459,20 +459,20 @@ func TestPinExpiresBeforeItsLease(t *testing.T) {
 // TestTokenExpiresBeforeItsLease checks that a request token ends at its expire_time
 // while its lease continues.
 func TestTokenExpiresBeforeItsLease(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		tok := token("t", "request")
 		if _, err := r.Create(t.Context(), tok, spec(col, "s")); err != nil {
 			t.Fatal(err)
 		}
 		there := func() bool {
-			kv, found, _, err := w.kv.Get(t.Context(), tok.Key())
+			kv, found, _, err := e.kv.Get(t.Context(), tok.Key())
 			if err != nil {
 				t.Fatal(err)
 			}
 			if found { // as when etcd restarts
-				if err := w.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
+				if err := e.kv.KeepAlive(t.Context(), kv.Lease); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -494,12 +494,12 @@ func TestTokenExpiresBeforeItsLease(t *testing.T) {
 // TestUpdateTTL checks that a ttl set by an update starts at the same time on every
 // replica.
 func TestUpdateTTL(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
 		settle()
-		b := w.start("b", w.on(hosts.Off(-3*time.Hour), false))
-		col, _, _ := w.collection(a, "c")
-		s := w.create(a, col, "s")
+		b := e.start("b", e.on(hosts.Off(-3*time.Hour), false))
+		col, _, _ := e.collection(a, "c")
+		s := e.create(a, col, "s")
 		ttl := time.Hour
 		got, err := b.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{TTL: &ttl})
 		if err != nil || time.Until(got.ExpireTime.Add(-ttl)).Abs() > time.Minute {
@@ -511,7 +511,7 @@ func TestUpdateTTL(t *testing.T) {
 		}
 		time.Sleep(63 * time.Minute)
 		settle()
-		if w.left(a) != 0 {
+		if e.left(a) != 0 {
 			t.Error("it is there")
 		}
 	})
@@ -520,10 +520,10 @@ func TestUpdateTTL(t *testing.T) {
 // TestClockStepDuringCreate checks that a clock step during a create with a ttl aborts
 // the create without remains.
 func TestClockStepDuringCreate(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		h := &hosts.Host{}
-		r := w.start("a", w.on(h, true))
-		col, _, _ := w.collection(r, "c")
+		r := e.start("a", e.on(h, true))
+		col, _, _ := e.collection(r, "c")
 		settle()
 		r.store.SetLatency(10 * time.Second)
 		tok := token("t", "request")
@@ -542,9 +542,9 @@ func TestClockStepDuringCreate(t *testing.T) {
 		r.store.SetLatency(0)
 		time.Sleep(2 * time.Minute)
 		settle()
-		if list := w.check(r); len(list) != 0 {
+		if list := e.check(r); len(list) != 0 {
 			t.Errorf("left: %v", list)
 		}
-		w.create(r, col, "s")
+		e.create(r, col, "s")
 	})
 }

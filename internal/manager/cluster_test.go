@@ -50,17 +50,17 @@ func eventually(t *testing.T, what string, done func() bool) {
 }
 
 // rest waits until no work is pending and n snapshots remain.
-func (w *testEnv) rest(n int) {
-	w.t.Helper()
+func (e *env) rest(n int) {
+	e.t.Helper()
 	count := func(prefix string) int {
 		from, to := meta.Prefix(prefix)
-		res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to, KeysOnly: true})
+		res, err := e.kv.Range(e.t.Context(), meta.Range{From: from, To: to, KeysOnly: true})
 		if err != nil {
 			return -1
 		}
 		return len(res.KVs)
 	}
-	eventually(w.t, fmt.Sprintf("%d snapshots at rest", n), func() bool {
+	eventually(e.t, fmt.Sprintf("%d snapshots at rest", n), func() bool {
 		return count(pendingKeys) == 0 && count(keys.SnapshotPrefix) == n
 	})
 }
@@ -226,18 +226,18 @@ func (c *clusterWork) during(workers int, storm func(give func(n int))) {
 func TestClusterLeaderKilled(t *testing.T) {
 	c := etcdcluster.Start(t)
 	root := "/" + rand.Text()
-	w := inReality(t, c.KVAt(t, root))
+	e := inReality(t, c.KVAt(t, root))
 	work := &clusterWork{t: t, kept: map[string]int64{}, dropped: map[int64]string{}}
 	for _, name := range []string{"a", "b", "c"} {
-		w.kv = lossy{c.KVAt(t, root), &work.lost} // a client per replica
-		work.replicas = append(work.replicas, w.start(name, enduring))
+		e.kv = lossy{c.KVAt(t, root), &work.lost} // a client per replica
+		work.replicas = append(work.replicas, e.start(name, enduring))
 	}
 	r := work.replicas[0]
-	work.col, _, _ = w.collection(r, "c")
+	work.col, _, _ = e.collection(r, "c")
 	for i := range 3 {
-		w.add(r, work.col, w.segment(r, work.col, i%2, 1, 20))
+		e.add(r, work.col, e.segment(r, work.col, i%2, 1, 20))
 	}
-	w.checkpoint(r, work.col, 10, 30)
+	e.checkpoint(r, work.col, 10, 30)
 
 	const workers = 8
 	work.during(workers, func(give func(int)) {
@@ -262,10 +262,10 @@ func TestClusterLeaderKilled(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	w.rest(len(work.kept))
+	e.rest(len(work.kept))
 	for _, r := range work.replicas {
 		there := map[string]int64{}
-		for _, s := range w.check(r) {
+		for _, s := range e.check(r) {
 			there[s.Name] = s.ID
 			if name, ok := work.dropped[s.ID]; ok {
 				t.Errorf("%s was dropped as %s, and is there", s, name)
@@ -295,14 +295,14 @@ func TestClusterLeaderKilled(t *testing.T) {
 // returned and nothing is deleted, and work continues with the quorum.
 func TestClusterQuorumLost(t *testing.T) {
 	c := etcdcluster.Start(t)
-	w := inReality(t, c.KV(t))
+	e := inReality(t, c.KV(t))
 	quick := func(o *testOptions) {
 		o.LeaseTTL, o.Parts.LeaderTTL, o.CleanInterval = 6*time.Second, 2*time.Second, 5*time.Second
 		o.CreateTimeout = 15 * time.Second
 	}
-	a, b := w.start("a", quick), w.start("b", quick)
+	a, b := e.start("a", quick), e.start("b", quick)
 	both := []*testReplica{a, b}
-	col, _, _ := w.collection(a, "c")
+	col, _, _ := e.collection(a, "c")
 	// With a token, so that the lost call below is the commit and not the lease
 	// for its result.
 	if _, err := a.Create(t.Context(), token("t0", "before"), spec(col, "before")); err != nil {
@@ -317,8 +317,8 @@ func TestClusterQuorumLost(t *testing.T) {
 		_, err := a.Create(ctx, tok, spec(col, "x"))
 		result <- err
 	}()
-	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
-	before := w.objectsUnder("snapshots/")
+	e.await("the create has begun", func() bool { return len(e.keysUnder(pendingKeys)) == 1 })
+	before := e.objectsUnder("snapshots/")
 
 	// The etcd leader is left, with entries that it could not replicate.
 	leader := c.Leader(t)
@@ -339,7 +339,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	if err := <-result; !errors.Is(err, meta.ErrUnavailable) || errors.Is(err, ErrCreateAborted) {
 		t.Errorf("most of etcd is lost, and the create says %v", err)
 	}
-	after := w.objectsUnder("snapshots/")
+	after := e.objectsUnder("snapshots/")
 	for _, key := range before {
 		if !slices.Contains(after, key) {
 			t.Errorf("object %s is gone", key)
@@ -363,9 +363,9 @@ func TestClusterQuorumLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("the create that got no answer: %v", first)
-	w.rest(want)
+	e.rest(want)
 	for _, r := range both {
-		if list := w.check(r); len(list) != want ||
+		if list := e.check(r); len(list) != want ||
 			!slices.ContainsFunc(list, func(l *snapshot.Record) bool { return l.ID == s.ID }) {
 			t.Errorf("%v, want %d with %s", list, want, s)
 		}
@@ -379,10 +379,10 @@ func TestFullStore(t *testing.T) {
 	server.Stop(t)
 	server.QuotaBytes = 4 << 20
 	server.Restart(t)
-	w := inReality(t, server.KV(t))
-	r := w.start("a", enduring)
-	col, _, _ := w.collection(r, "c")
-	kept := w.create(r, col, "before")
+	e := inReality(t, server.KV(t))
+	r := e.start("a", enduring)
+	col, _, _ := e.collection(r, "c")
+	kept := e.create(r, col, "before")
 	r.store.Freeze()
 	tok := token("t", "r")
 	result := make(chan error, 1)
@@ -390,10 +390,10 @@ func TestFullStore(t *testing.T) {
 		_, err := r.Create(t.Context(), tok, spec(col, "x"))
 		result <- err
 	}()
-	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	e.await("the create has begun", func() bool { return len(e.keysUnder(pendingKeys)) == 1 })
 	ctx := t.Context()
 	for n := 0; ; n++ {
-		_, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(fmt.Sprintf("/fill/%d", n), make([]byte, 64<<10))}})
+		_, err := e.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(fmt.Sprintf("/fill/%d", n), make([]byte, 64<<10))}})
 		if errors.Is(err, meta.ErrNoSpace) {
 			break
 		}
@@ -422,19 +422,19 @@ func TestFullStore(t *testing.T) {
 	wantError(t, err, snapshot.ErrNotCommitted)
 
 	from, to := meta.Prefix("/fill/")
-	if _, err := w.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.DeleteRange(from, to)}}); err != nil {
+	if _, err := e.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.DeleteRange(from, to)}}); err != nil {
 		t.Fatal(err)
 	}
 	etcdcluster.Shrink(t, server.Endpoint())
 	server.Disarm(t)
-	w.rest(1)
+	e.rest(1)
 	_, err = r.Create(ctx, tok, spec(col, "x"))
 	wantError(t, err, ErrCreateAborted)
-	w.create(r, col, "x")
+	e.create(r, col, "x")
 	if _, err := r.Create(ctx, token("t2", "y"), spec(col, "y")); err != nil {
 		t.Error(err)
 	}
-	if n := len(w.check(r)); n != 3 {
+	if n := len(e.check(r)); n != 3 {
 		t.Errorf("%d snapshots, want 3", n)
 	}
 }

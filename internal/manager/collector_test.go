@@ -22,24 +22,24 @@ import (
 // TestAwaitDeleted checks that a wait ends with the last delete granted before it, and
 // ignores later units, other collections and units of callers.
 func TestAwaitDeleted(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		ctx := t.Context()
-		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		other, _, _ := w.collection(r, "other")
-		col, _, _ := w.collection(r, "c")
+		r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		other, _, _ := e.collection(r, "other")
+		col, _, _ := e.collection(r, "c")
 		of := catalog.Ref{ID: col.ID}
 		var free []gc.Ask
 		for range 3 {
-			s := w.segment(r, col, 0, 1, 20)
-			w.addWritten(r, col, s)
-			free = append(free, w.dropSegments(r, col, s.ID)...)
+			s := e.segment(r, col, 0, 1, 20)
+			e.addWritten(r, col, s)
+			free = append(free, e.dropSegments(r, col, s.ID)...)
 		}
-		foreign := w.segment(r, other, 0, 1, 20)
-		w.addWritten(r, other, foreign)
-		foreigns := w.dropSegments(r, other, foreign.ID)
-		w.reclaim(r, col, gc.ByCaller, free[0])
-		w.reclaim(r, col, gc.BySnapshotd, free[1])
-		if err := r.GC.AwaitDeleted(ctx, of, w.now()); err != nil {
+		foreign := e.segment(r, other, 0, 1, 20)
+		e.addWritten(r, other, foreign)
+		foreigns := e.dropSegments(r, other, foreign.ID)
+		e.reclaim(r, col, gc.ByCaller, free[0])
+		e.reclaim(r, col, gc.BySnapshotd, free[1])
+		if err := r.GC.AwaitDeleted(ctx, of, e.now()); err != nil {
 			t.Errorf("what can be deleted: %v", err)
 		}
 		if n := r.GC.Stats().Granted; n != 0 {
@@ -47,20 +47,20 @@ func TestAwaitDeleted(t *testing.T) {
 		}
 
 		r.store.Freeze()
-		w.reclaim(r, other, gc.BySnapshotd, foreigns...)
-		if err := r.GC.AwaitDeleted(ctx, of, w.now()); err != nil {
+		e.reclaim(r, other, gc.BySnapshotd, foreigns...)
+		if err := r.GC.AwaitDeleted(ctx, of, e.now()); err != nil {
 			t.Errorf("of another collection: %v", err)
 		}
-		if err := r.GC.AwaitDeleted(ctx, catalog.Ref{}, w.now().Add(-time.Second)); err != nil {
+		if err := r.GC.AwaitDeleted(ctx, catalog.Ref{}, e.now().Add(-time.Second)); err != nil {
 			t.Errorf("granted later: %v", err)
 		}
 		short, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
-		if err := r.GC.AwaitDeleted(short, catalog.Ref{}, w.now()); !errors.Is(err, context.DeadlineExceeded) {
+		if err := r.GC.AwaitDeleted(short, catalog.Ref{}, e.now()); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("what cannot be deleted: got %v", err)
 		}
 		done := make(chan error, 1)
-		go func() { done <- r.GC.AwaitDeleted(ctx, catalog.Ref{}, w.now()) }()
+		go func() { done <- r.GC.AwaitDeleted(ctx, catalog.Ref{}, e.now()) }()
 		time.Sleep(time.Hour)
 		select {
 		case err := <-done:
@@ -75,7 +75,7 @@ func TestAwaitDeleted(t *testing.T) {
 			t.Errorf("%d left", n)
 		}
 		if err := r.GC.AwaitDeleted(ctx, catalog.Ref{Name: "none", DB: catalog.DefaultDB},
-			w.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
+			e.now()); !errors.Is(err, catalog.ErrCollectionNotFound) {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -84,21 +84,21 @@ func TestAwaitDeleted(t *testing.T) {
 // TestAwaitDeletedAmongLaterOnes checks that a wait finds its units among many later
 // ones.
 func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col, _, _ := e.collection(r, "c")
 		var all []gc.Ask
 		for range 110 {
-			s := w.segment(r, col, 0, 1, 20)
-			w.addWritten(r, col, s)
-			all = append(all, w.dropSegments(r, col, s.ID)...)
+			s := e.segment(r, col, 0, 1, 20)
+			e.addWritten(r, col, s)
+			all = append(all, e.dropSegments(r, col, s.ID)...)
 		}
 		r.store.Freeze()
 		last := len(all) - 1
-		w.reclaim(r, col, gc.BySnapshotd, all[last])
-		granted := w.now()
+		e.reclaim(r, col, gc.BySnapshotd, all[last])
+		granted := e.now()
 		time.Sleep(time.Minute)
-		w.reclaim(r, col, gc.BySnapshotd, all[:last]...)
+		e.reclaim(r, col, gc.BySnapshotd, all[:last]...)
 		short, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if err := r.GC.AwaitDeleted(short, catalog.Ref{}, granted); !errors.Is(err, context.DeadlineExceeded) {
@@ -108,7 +108,7 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 			t.Errorf("all came later: %v", err)
 		}
 		r.store.Thaw()
-		if err := r.GC.AwaitDeleted(t.Context(), catalog.Ref{}, w.now()); err != nil {
+		if err := r.GC.AwaitDeleted(t.Context(), catalog.Ref{}, e.now()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -116,24 +116,24 @@ func TestAwaitDeletedAmongLaterOnes(t *testing.T) {
 
 // TestCollectorStatus checks that every replica reports the last round completely.
 func TestCollectorStatus(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			o.Parts.Collector.Tolerance, o.Parts.Collector.MaxShare = time.Hour, 0.25
 		})
 		settle() // so that it leads
-		other := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+		other := e.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		got, err := r.Collector.Status(t.Context())
 		want := collect.Status{Tolerance: time.Hour, MaxShare: 0.25, StopUnits: collect.StopUnits, Enabled: true}
 		if diff := cmp.Diff(want, got); diff != "" || err != nil {
 			t.Errorf("before the first round: %v\n%s", err, diff)
 		}
-		col, _, _ := w.collection(r, "c")
-		s := w.segment(r, col, 0, 1, 20)
-		w.addWritten(r, col, s)
-		w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, s.ID)...)
-		s = w.segment(r, col, 0, 1, 20)
-		w.addWritten(r, col, s)
-		w.dropSegments(r, col, s.ID)
+		col, _, _ := e.collection(r, "c")
+		s := e.segment(r, col, 0, 1, 20)
+		e.addWritten(r, col, s)
+		e.reclaim(r, col, gc.ByCaller, e.dropSegments(r, col, s.ID)...)
+		s = e.segment(r, col, 0, 1, 20)
+		e.addWritten(r, col, s)
+		e.dropSegments(r, col, s.ID)
 		time.Sleep(2 * time.Minute)
 		settle()
 		got, err = other.Collector.Status(t.Context())
@@ -151,7 +151,7 @@ func TestCollectorStatus(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Error(diff)
 		}
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Cycle, []byte("nonsense"))}}); err != nil {
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.Cycle, []byte("nonsense"))}}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := other.Collector.Status(t.Context()); err == nil {
@@ -164,13 +164,13 @@ func TestCollectorStatus(t *testing.T) {
 // leader with their start, and that each is logged once. The report ends with the
 // failure or with the leadership.
 func TestCollectorStatusReportsHalts(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		core, logs := observer.New(zapcore.InfoLevel)
-		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
+		r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
 		settle() // so that it leads
-		other := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+		other := e.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpDelete {
 				return object.FaultBefore
@@ -178,7 +178,7 @@ func TestCollectorStatusReportsHalts(t *testing.T) {
 			return object.FaultNone
 		})
 		began := time.Now()
-		w.dropSnapshot(r, s)
+		e.dropSnapshot(r, s)
 		time.Sleep(10 * time.Minute)
 		settle()
 		for name, asked := range map[string]*testReplica{"the leader": r, "another": other} {

@@ -30,10 +30,10 @@ import (
 )
 
 func TestCreateKeepsEverything(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, p, x := w.collection(r, "c")
-		s := w.segment(r, col, 1, 10, 19)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, p, x := e.collection(r, "c")
+		s := e.segment(r, col, 1, 10, 19)
 		s.Partition = p.ID
 		s.Files = nil
 		for i, kind := range []string{
@@ -51,14 +51,14 @@ func TestCreateKeepsEverything(t *testing.T) {
 			}
 			s.Files = append(s.Files, f)
 		}
-		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"m": "16"}}
+		b := segment.Build{ID: e.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"m": "16"}}
 		b.Files = []segment.File{{Kind: segment.KindIndex, Path: fmt.Sprintf("index/%d/0", b.ID), Size: 7, LogID: 1}}
 		s.Builds = []segment.Build{b}
 		s.EngineData, s.Attributes = []byte{0, 255, 1}, map[string]string{"": "empty key", "a": "b"}
 		s.Start.Opaque, s.DML.Opaque = []byte("start"), []byte{0}
 		s.Sorted, s.StorageVersion, s.Level = true, 3, 2
-		w.add(r, col, s)
-		w.checkpoint(r, col, 100, 100)
+		e.add(r, col, s)
+		e.checkpoint(r, col, 100, 100)
 
 		sp := spec(col, "one")
 		sp.Description, sp.Labels = "for people", map[string]string{"env": "test"}
@@ -66,7 +66,7 @@ func TestCreateKeepsEverything(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff([]segment.Segment{s}, w.segments(r, snap)); diff != "" {
+		if diff := cmp.Diff([]segment.Segment{s}, e.segments(r, snap)); diff != "" {
 			t.Errorf("segment (-registered +captured):\n%s", diff)
 		}
 		d, err := r.Describe(t.Context(), Ref{Name: "one"})
@@ -91,30 +91,30 @@ func TestCreateKeepsEverything(t *testing.T) {
 		if snap.Totals != (segment.Totals{Segments: 1, Rows: 10, Files: 8, Bytes: 1000*7 + 21 + 7, Builds: 1}) {
 			t.Errorf("totals %+v", snap.Totals)
 		}
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, x := w.collection(r, "c")
-		s := w.segment(r, col, 0, 1, 2)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, x := e.collection(r, "c")
+		s := e.segment(r, col, 0, 1, 2)
 		s.Files = append(s.Files, segment.File{Kind: "odd", Path: "elsewhere/odd"})
-		b := segment.Build{ID: w.newID(r), Index: x.ID}
+		b := segment.Build{ID: e.newID(r), Index: x.ID}
 		b.Files = []segment.File{
 			{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/0/%d/index/%d/1", col.ID, s.ID, b.ID)},
 			{Kind: segment.KindIndex, Path: "elsewhere/index"},
 		}
 		s.Builds = []segment.Build{b}
-		w.add(r, col, s)
-		w.checkpoint(r, col, 10, 10)
-		snap := w.create(r, col, "one")
+		e.add(r, col, s)
+		e.checkpoint(r, col, 10, 10)
+		snap := e.create(r, col, "one")
 		d, err := r.Describe(t.Context(), Ref{ID: snap.ID})
 		if err != nil {
 			t.Fatal(err)
 		}
-		data, err := object.ReadAll(t.Context(), w.objects, manifest.RefsKey(col.ID, snap.ID), d.Metadata.Refs.Length)
+		data, err := object.ReadAll(t.Context(), e.objects, manifest.RefsKey(col.ID, snap.ID), d.Metadata.Refs.Length)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -135,11 +135,11 @@ func TestReferencesCoverSegmentsBuildsAndForeignFiles(t *testing.T) {
 }
 
 func TestCreate64OfOneName(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		replicas := []*testReplica{w.start("a"), w.start("b"), w.start("c")}
-		col, _, _ := w.collection(replicas[0], "c")
-		w.add(replicas[0], col, w.segment(replicas[0], col, 0, 1, 2))
-		w.checkpoint(replicas[0], col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		replicas := []*testReplica{e.start("a"), e.start("b"), e.start("c")}
+		col, _, _ := e.collection(replicas[0], "c")
+		e.add(replicas[0], col, e.segment(replicas[0], col, 0, 1, 2))
+		e.checkpoint(replicas[0], col, 10, 10)
 		results := make(chan error, 64)
 		for i := range 64 {
 			go func() {
@@ -158,21 +158,21 @@ func TestCreate64OfOneName(t *testing.T) {
 		if created != 1 {
 			t.Errorf("%d creates of one name succeeded", created)
 		}
-		w.create(replicas[1], col, "next")
+		e.create(replicas[1], col, "next")
 		settle()
-		if n := len(w.check(replicas[0])); n != 2 {
+		if n := len(e.check(replicas[0])); n != 2 {
 			t.Errorf("%d snapshots, want 2", n)
 		}
 	})
 }
 
 func TestCreateOfOneNameInTwoCollections(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		scoped := func(o *testOptions) { o.Cluster.NameScope = 2 }
-		r := w.start("a", scoped)
-		one, _, _ := w.collection(r, "one")
-		two, _, _ := w.collection(r, "two")
-		s1, s2 := w.create(r, one, "same"), w.create(r, two, "same")
+		r := e.start("a", scoped)
+		one, _, _ := e.collection(r, "one")
+		two, _, _ := e.collection(r, "two")
+		s1, s2 := e.create(r, one, "same"), e.create(r, two, "same")
 		for _, tc := range []struct {
 			col  catalog.Collection
 			want int64
@@ -188,15 +188,15 @@ func TestCreateOfOneNameInTwoCollections(t *testing.T) {
 }
 
 func TestCreateRefusesBadInput(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		dropped, _, _ := w.collection(r, "dropped")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		dropped, _, _ := e.collection(r, "dropped")
 		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: dropped.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
 		settle()
-		_, _, before, err := w.kv.Get(t.Context(), "/none")
+		_, _, before, err := e.kv.Get(t.Context(), "/none")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,7 +226,7 @@ func TestCreateRefusesBadInput(t *testing.T) {
 		wantError(t, err, catalog.ErrCollectionNotActive)
 		settle()
 		// Only allocations of ids may be left.
-		res, err := w.kv.Range(t.Context(), meta.Range{From: "/", To: "0"})
+		res, err := e.kv.Range(t.Context(), meta.Range{From: "/", To: "0"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -243,51 +243,51 @@ func TestCreateRefusesBadInput(t *testing.T) {
 }
 
 // restoring sets the state that a restore gives its target.
-func (w *testEnv) restoring(col catalog.Collection) {
-	w.t.Helper()
-	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
+func (e *env) restoring(col catalog.Collection) {
+	e.t.Helper()
+	kv, _, _, err := e.kv.Get(e.t.Context(), keys.Collection(col.ID))
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	rec := &storagev1.Collection{}
 	if err := record.Decode(kv, rec); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	rec.State = uint32(catalog.Restoring)
-	w.put(kv.Key, record.Encode(rec))
+	e.put(kv.Key, record.Encode(rec))
 }
 
-func (w *testEnv) put(key string, value []byte) {
-	w.t.Helper()
-	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, value)}}); err != nil {
-		w.t.Fatal(err)
+func (e *env) put(key string, value []byte) {
+	e.t.Helper()
+	if _, err := e.kv.Txn(e.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(key, value)}}); err != nil {
+		e.t.Fatal(err)
 	}
 }
 
 func TestCreateOfRestoringCollectionIsRefused(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.restoring(col)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.restoring(col)
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, catalog.ErrCollectionNotActive)
 	})
 }
 
 func TestCreateRacesDropCollection(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		other := w.start("b")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2))
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		other := e.start("b")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2))
+		e.checkpoint(r, col, 10, 10)
 		// The collection is dropped between begin and capture: the first read without a scan
 		// after the begin transaction is the capture's.
 		var once sync.Once
 		began := false
 		r.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodRange {
-				if len(w.keysUnder(pendingKeys)) > 0 {
+				if len(e.keysUnder(pendingKeys)) > 0 {
 					once.Do(func() {
 						began = true
 						if _, err := other.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
@@ -305,20 +305,20 @@ func TestCreateRacesDropCollection(t *testing.T) {
 		}
 		r.kv.Hook(nil)
 		settle()
-		if n := len(w.check(r)); n != 0 {
+		if n := len(e.check(r)); n != 0 {
 			t.Errorf("%d snapshots of a collection that was gone", n)
 		}
 	})
 }
 
 func TestSnapshotsOutliveTheirCollection(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.segment(r, col, 0, 1, 2)
-		w.add(r, col, s)
-		w.checkpoint(r, col, 10, 10)
-		snap := w.create(r, col, "keeps")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.segment(r, col, 0, 1, 2)
+		e.add(r, col, s)
+		e.checkpoint(r, col, 10, 10)
+		snap := e.create(r, col, "keeps")
 		if _, err := r.catalog.DropCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -331,30 +331,30 @@ func TestSnapshotsOutliveTheirCollection(t *testing.T) {
 		if err != nil || d.Metadata.Collection.Name != "c" {
 			t.Errorf("describe after the drop: %+v, err = %v", d, err)
 		}
-		if diff := cmp.Diff([]segment.Segment{s}, w.segments(r, snap)); diff != "" {
+		if diff := cmp.Diff([]segment.Segment{s}, e.segments(r, snap)); diff != "" {
 			t.Errorf("segments after the drop (-want +got):\n%s", diff)
 		}
 	})
 }
 
 func TestEmptyCollectionIsAValidSnapshot(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		snap := w.create(r, col, "empty")
-		if snap.Totals != (segment.Totals{}) || len(w.segments(r, snap)) != 0 {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		snap := e.create(r, col, "empty")
+		if snap.Totals != (segment.Totals{}) || len(e.segments(r, snap)) != 0 {
 			t.Errorf("totals %+v", snap.Totals)
 		}
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestCreateTokens(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		w.add(a, col, w.segment(a, col, 0, 1, 2))
-		w.checkpoint(a, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		e.add(a, col, e.segment(a, col, 0, 1, 2))
+		e.checkpoint(a, col, 10, 10)
 		tok := token("t1", "request 1")
 
 		// While the first call writes, the second joins it on another replica.
@@ -370,7 +370,7 @@ func TestCreateTokens(t *testing.T) {
 			}()
 			settle()
 		}
-		if n := len(w.keysUnder(pendingKeys)); n != 1 {
+		if n := len(e.keysUnder(pendingKeys)); n != 1 {
 			t.Fatalf("%d creates under way, want 1", n)
 		}
 		noWait := spec(col, "one")
@@ -402,16 +402,16 @@ func TestCreateTokens(t *testing.T) {
 		if s, err := a.Create(t.Context(), token("t1", "request 2"), spec(col, "two")); err != nil || s.ID == s1.ID {
 			t.Errorf("a day later: %v, err = %v", s, err)
 		}
-		w.check(a)
+		e.check(a)
 	})
 }
 
 func TestFailedCreateCompletesItsToken(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 1, 1, 2))
-		w.checkpoint(r, col, 10) // channel 1 has none
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 1, 1, 2))
+		e.checkpoint(r, col, 10) // channel 1 has none
 		tok := token("t", "r")
 		_, err := r.Create(t.Context(), tok, spec(col, "x"))
 		wantError(t, err, ErrCheckpointMissing)
@@ -421,16 +421,16 @@ func TestFailedCreateCompletesItsToken(t *testing.T) {
 			t.Errorf("the repeat does not name the channel: %v", again)
 		}
 		settle()
-		w.check(r)
-		w.checkpoint(r, col, 10, 10)
-		w.create(r, col, "x") // the name is free
+		e.check(r)
+		e.checkpoint(r, col, 10, 10)
+		e.create(r, col, "x") // the name is free
 	})
 }
 
 func TestCreateContinuesWithoutItsCaller(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		r.store.Freeze()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -446,11 +446,11 @@ func TestCreateContinuesWithoutItsCaller(t *testing.T) {
 }
 
 func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		w.add(a, col, w.segment(a, col, 0, 1, 2))
-		w.checkpoint(a, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		e.add(a, col, e.segment(a, col, 0, 1, 2))
+		e.checkpoint(a, col, 10, 10)
 		tok := token("t", "r")
 		a.store.Freeze() // after begin, before the first object
 		result := make(chan error, 1)
@@ -462,12 +462,12 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 		a.kv.Freeze()
 		time.Sleep(3 * time.Minute) // longer than the lease and the leader's
 		settle()
-		if keys := w.keysUnder("/snapshot/rec/"); len(keys) != 0 {
+		if keys := e.keysUnder("/snapshot/rec/"); len(keys) != 0 {
 			t.Errorf("the dead create was not cleaned: %v", keys)
 		}
 		_, err := b.Create(t.Context(), tok, spec(col, "x"))
 		wantError(t, err, ErrCreateAborted)
-		w.create(b, col, "x") // the name is free
+		e.create(b, col, "x") // the name is free
 		a.kv.Thaw()
 		a.store.Thaw()
 		wantError(t, <-result, ErrCreateAborted)
@@ -481,15 +481,15 @@ func TestCreatorThatFreezesIsReapedAndFenced(t *testing.T) {
 }
 
 func TestSlowCreateIsNotAbandoned(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		for range 3 {
 			for range 20 {
-				w.add(r, col, w.segment(r, col, 0, 1, 2))
+				e.add(r, col, e.segment(r, col, 0, 1, 2))
 			}
 		}
-		w.checkpoint(r, col, 10, 10)
+		e.checkpoint(r, col, 10, 10)
 		r.store.SetLatency(45 * time.Second) // two steps of three quarters of a lease each
 		sp := spec(col, "slow")
 		sp.Verify = false
@@ -502,14 +502,14 @@ func TestSlowCreateIsNotAbandoned(t *testing.T) {
 			t.Errorf("it took only %v", took)
 		}
 		r.store.SetLatency(0)
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestCreateEndsAtItsTimeout(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.CreateTimeout = 5 * time.Minute })
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.CreateTimeout = 5 * time.Minute })
+		col, _, _ := e.collection(r, "c")
 		r.store.Freeze()
 		begin := time.Now()
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
@@ -519,14 +519,14 @@ func TestCreateEndsAtItsTimeout(t *testing.T) {
 		}
 		r.store.Thaw()
 		settle()
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestStoppingReplicaGivesUpItsCreates(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
 		tok := token("t", "r")
 		a.store.Freeze()
 		result := make(chan error, 1)
@@ -540,16 +540,16 @@ func TestStoppingReplicaGivesUpItsCreates(t *testing.T) {
 		_, err := a.Create(t.Context(), request.Token{}, spec(col, "y"))
 		wantError(t, err, ErrStopping)
 		settle()
-		w.create(b, col, "x")
-		w.check(b)
+		e.create(b, col, "x")
+		e.check(b)
 	})
 }
 
 func TestMinCut(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.checkpoint(r, col, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.checkpoint(r, col, 10)
 		sp := spec(col, "x")
 		sp.MinCut = []catalog.Checkpoint{
 			{Shard: 0, Position: segment.Position{Timestamp: 20}},
@@ -567,7 +567,7 @@ func TestMinCut(t *testing.T) {
 				t.Errorf("%v does not name %s", err, part)
 			}
 		}
-		if keys := w.keysUnder("/snapshot/"); len(keys) != 0 {
+		if keys := e.keysUnder("/snapshot/"); len(keys) != 0 {
 			t.Errorf("waiting wrote %v", keys)
 		}
 		result := make(chan *snapshot.Record, 1)
@@ -579,11 +579,11 @@ func TestMinCut(t *testing.T) {
 			result <- s
 		}()
 		settle()
-		w.memory.Overtake(true) // makes it read again, because its watch may lack changes
-		w.checkpoint(r, col, 20, 4)
-		w.memory.Overtake(false)
+		e.memory.Overtake(true) // makes it read again, because its watch may lack changes
+		e.checkpoint(r, col, 20, 4)
+		e.memory.Overtake(false)
 		settle()
-		w.checkpoint(r, col, 25, 6)
+		e.checkpoint(r, col, 25, 6)
 		s := <-result
 		want := []snapshot.Cut{{Shard: 0, Channel: "ch-0", Timestamp: 25}, {Shard: 1, Channel: "ch-1", Timestamp: 6}}
 		if !slices.Equal(s.Cuts, want) {
@@ -593,12 +593,12 @@ func TestMinCut(t *testing.T) {
 }
 
 func TestRequireExact(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		straddling, whole := w.segment(r, col, 0, 1, 20), w.segment(r, col, 1, 1, 9)
-		w.add(r, col, straddling, whole)
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		straddling, whole := e.segment(r, col, 0, 1, 20), e.segment(r, col, 1, 1, 9)
+		e.add(r, col, straddling, whole)
+		e.checkpoint(r, col, 10, 10)
 		sp := spec(col, "x")
 		sp.RequireExact = true
 		_, err := r.Create(t.Context(), request.Token{}, sp)
@@ -607,11 +607,11 @@ func TestRequireExact(t *testing.T) {
 			strings.Contains(errText(err), fmt.Sprint(whole.ID)) {
 			t.Errorf("the straddling segments are not named: %v", err)
 		}
-		s := w.create(r, col, "x")
+		s := e.create(r, col, "x")
 		if s.Totals.Straddling != 1 {
 			t.Errorf("%d straddling segments, want 1", s.Totals.Straddling)
 		}
-		w.checkpoint(r, col, 21, 21)
+		e.checkpoint(r, col, 21, 21)
 		sp.Name = "y"
 		if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
 			t.Error(err)
@@ -620,13 +620,13 @@ func TestRequireExact(t *testing.T) {
 }
 
 func TestVerify(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.segment(r, col, 0, 1, 2)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.segment(r, col, 0, 1, 2)
 		key := "data/" + s.Files[0].Path
-		w.add(r, col, s)
-		w.checkpoint(r, col, 10, 10)
+		e.add(r, col, s)
+		e.checkpoint(r, col, 10, 10)
 		sp := spec(col, "x")
 		sp.Verify = true
 		_, err := r.Create(t.Context(), request.Token{}, sp)
@@ -634,12 +634,12 @@ func TestVerify(t *testing.T) {
 		if !strings.Contains(errText(err), key) {
 			t.Errorf("%v does not name %s", err, key)
 		}
-		if _, err := w.objects.Put(t.Context(), key, []byte("short")); err != nil {
+		if _, err := e.objects.Put(t.Context(), key, []byte("short")); err != nil {
 			t.Fatal(err)
 		}
 		_, err = r.Create(t.Context(), request.Token{}, sp)
 		wantError(t, err, ErrFileMissing)
-		if _, err := w.objects.Put(t.Context(), key, []byte("ten bytes.")); err != nil {
+		if _, err := e.objects.Put(t.Context(), key, []byte("ten bytes.")); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
@@ -649,23 +649,23 @@ func TestVerify(t *testing.T) {
 }
 
 func TestEqualInputMakesEqualManifests(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		for range 30 {
-			s := w.segment(r, col, 0, 1, 2)
+			s := e.segment(r, col, 0, 1, 2)
 			s.Attributes = map[string]string{"a": "1", "b": "2", "c": "3", "d": "4"}
-			w.add(r, col, s)
+			e.add(r, col, s)
 		}
-		w.checkpoint(r, col, 10, 10)
+		e.checkpoint(r, col, 10, 10)
 		var first []byte
 		for i := range 20 {
-			s := w.create(r, col, fmt.Sprintf("s%d", i))
+			s := e.create(r, col, fmt.Sprintf("s%d", i))
 			d, err := r.Describe(t.Context(), Ref{ID: s.ID})
 			if err != nil {
 				t.Fatal(err)
 			}
-			data, err := object.ReadAll(t.Context(), w.objects, manifest.ManifestKey(col.ID, s.ID, 0),
+			data, err := object.ReadAll(t.Context(), e.objects, manifest.ManifestKey(col.ID, s.ID, 0),
 				d.Metadata.Manifests[0].Length)
 			if err != nil {
 				t.Fatal(err)
@@ -681,21 +681,21 @@ func TestEqualInputMakesEqualManifests(t *testing.T) {
 }
 
 func TestCaptureStartsOverWhenCompacted(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2))
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2))
+		e.checkpoint(r, col, 10, 10)
 		compactions := 0
 		compact := func(limit int) {
 			compactions = 0
 			r.kv.Hook(func(c meta.Call) meta.Fault {
-				if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 && compactions < limit {
+				if c.Method == meta.MethodScan && len(e.keysUnder(pendingKeys)) > 0 && compactions < limit {
 					compactions++
-					w.put("/noise", nil)
-					_, _, now, err := w.kv.Get(t.Context(), "/noise")
+					e.put("/noise", nil)
+					_, _, now, err := e.kv.Get(t.Context(), "/noise")
 					if err == nil {
-						err = w.memory.Compact(t.Context(), now)
+						err = e.memory.Compact(t.Context(), now)
 					}
 					if err != nil {
 						t.Error(err)
@@ -705,7 +705,7 @@ func TestCaptureStartsOverWhenCompacted(t *testing.T) {
 			})
 		}
 		compact(2)
-		w.create(r, col, "x")
+		e.create(r, col, "x")
 		if compactions != 2 {
 			t.Errorf("%d compactions", compactions)
 		}
@@ -715,7 +715,7 @@ func TestCaptureStartsOverWhenCompacted(t *testing.T) {
 		r.kv.Hook(nil)
 		time.Sleep(time.Minute) // the compactions have ended watches too, which begin again after a pause
 		settle()
-		if n := len(w.check(r)); n != 1 {
+		if n := len(e.check(r)); n != 1 {
 			t.Errorf("%d snapshots, want 1", n)
 		}
 	})
@@ -740,11 +740,11 @@ func TestCreateSurvivesEachFailedCall(t *testing.T) {
 }
 
 func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, other := w.start("a"), w.start("b")
-		col, _, _ := w.collection(other, "c")
-		w.add(other, col, w.segment(other, col, 0, 1, 2))
-		w.checkpoint(other, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r, other := e.start("a"), e.start("b")
+		col, _, _ := e.collection(other, "c")
+		e.add(other, col, e.segment(other, col, 0, 1, 2))
+		e.checkpoint(other, col, 10, 10)
 		settle()
 		r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
 			meta.MethodGrant, meta.MethodKeepAlive, meta.MethodRevoke)
@@ -768,13 +768,13 @@ func failOneMetaCall(t *testing.T, n int, fault meta.Fault) (fired bool) {
 		}
 		time.Sleep(5 * time.Minute)
 		settle()
-		w.check(other)
+		e.check(other)
 		if _, err := other.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 			t.Errorf("call %d: drop: %v", n, err)
 		}
-		w.create(other, col, "x") // in any case the name is free afterwards
+		e.create(other, col, "x") // in any case the name is free afterwards
 		settle()
-		if got := len(w.check(other)); got != 1 {
+		if got := len(e.check(other)); got != 1 {
 			t.Errorf("call %d: %d snapshots at the end", n, got)
 		}
 	})
@@ -793,11 +793,11 @@ func wantUndefined(t *testing.T, n int, err error) {
 func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		for n := range 6 {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a")
-				col, _, _ := w.collection(r, "c")
-				w.add(r, col, w.segment(r, col, 0, 1, 2))
-				w.checkpoint(r, col, 10, 10)
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a")
+				col, _, _ := e.collection(r, "c")
+				e.add(r, col, e.segment(r, col, 0, 1, 2))
+				e.checkpoint(r, col, 10, 10)
 				r.store.FailNth("", n, fault)
 				s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 				if err != nil || s.State != snapshot.Committed {
@@ -805,35 +805,35 @@ func TestCreateSurvivesEachFailedObjectCall(t *testing.T) {
 				}
 				r.store.Plan(nil)
 				settle()
-				w.check(r)
+				e.check(r)
 			})
 		}
 	}
 }
 
 func TestCreateFailsWhenTheObjectStoreIsLost(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		r.store.Plan(func(object.Call) object.Fault { return object.FaultBefore })
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, ErrCreateAborted)
 		r.store.Plan(nil)
 		time.Sleep(5 * time.Minute)
 		settle()
-		w.check(r)
-		w.create(r, col, "x")
+		e.check(r)
+		e.create(r, col, "x")
 	})
 }
 
 // TestCreateAndAlteredAnswers loses the answer to each object write and alters the
 // read-back twice.
 func TestCreateAndAlteredAnswers(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2))
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2))
+		e.checkpoint(r, col, 10, 10)
 		seen := map[string]int{}
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op != object.OpCreate && c.Op != object.OpGet {
@@ -848,10 +848,10 @@ func TestCreateAndAlteredAnswers(t *testing.T) {
 			}
 			return object.FaultNone
 		})
-		w.create(r, col, "x")
+		e.create(r, col, "x")
 		r.store.Plan(nil)
 		settle()
-		w.check(r)
+		e.check(r)
 		if len(seen) < 6 {
 			t.Errorf("not all objects were read back: %v", seen)
 		}
@@ -861,17 +861,17 @@ func TestCreateAndAlteredAnswers(t *testing.T) {
 // TestForeignObjectIsNotOverwritten checks that an object of another program under a
 // key of a create fails that create only.
 func TestForeignObjectIsNotOverwritten(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", withEpoch)
-		col, _, _ := w.collection(r, "c")
-		next := w.newID(r) + 1
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", withEpoch)
+		col, _, _ := e.collection(r, "c")
+		next := e.newID(r) + 1
 		key := manifest.RefsKey(col.ID, next)
-		if _, err := w.objects.Put(t.Context(), key, []byte("foreign")); err != nil {
+		if _, err := e.objects.Put(t.Context(), key, []byte("foreign")); err != nil {
 			t.Fatal(err)
 		}
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		wantError(t, err, object.ErrExists)
-		w.create(r, col, "y")
+		e.create(r, col, "y")
 		if behind, err := r.Collector.RolledBack(t.Context()); err != nil || behind != "" {
 			t.Errorf("behind: %q, %v", behind, err)
 		}
@@ -899,11 +899,11 @@ func TestReusedIDRaisesAlarm(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", withEpoch)
-				col, _, _ := w.collection(r, "c")
-				key, data := body(col.ID, w.newID(r)+1)
-				if _, err := w.objects.Put(t.Context(), key, data); err != nil {
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a", withEpoch)
+				col, _, _ := e.collection(r, "c")
+				key, data := body(col.ID, e.newID(r)+1)
+				if _, err := e.objects.Put(t.Context(), key, data); err != nil {
 					t.Fatal(err)
 				}
 				_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
@@ -922,9 +922,9 @@ func TestReusedIDRaisesAlarm(t *testing.T) {
 func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 	for name, fault := range map[string]object.Fault{"no answer": object.FaultBefore, "altered": object.FaultFlip} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", withEpoch)
-				col, _, _ := w.collection(r, "c")
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a", withEpoch)
+				col, _, _ := e.collection(r, "c")
 				gets := 0
 				r.store.Plan(func(c object.Call) object.Fault {
 					switch {
@@ -950,21 +950,21 @@ func TestOwnObjectRaisesNoAlarm(t *testing.T) {
 				if behind, err := r.Collector.RolledBack(t.Context()); err != nil || behind != "" {
 					t.Errorf("behind: %q, %v", behind, err)
 				}
-				w.create(r, col, "y")
+				e.create(r, col, "y")
 			})
 		})
 	}
 }
 
 func TestStoreLostDuringCreate(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2))
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2))
+		e.checkpoint(r, col, 10, 10)
 		var lost atomic.Bool
 		r.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 {
+			if c.Method == meta.MethodScan && len(e.keysUnder(pendingKeys)) > 0 {
 				lost.Store(true)
 			}
 			if lost.Load() {
@@ -984,17 +984,17 @@ func TestStoreLostDuringCreate(t *testing.T) {
 		r.kv.Hook(nil)
 		time.Sleep(5 * time.Minute)
 		settle()
-		if n := len(w.check(r)); n != 0 {
+		if n := len(e.check(r)); n != 0 {
 			t.Errorf("%d snapshots", n)
 		}
-		w.create(r, col, "x")
+		e.create(r, col, "x")
 	})
 }
 
 func TestCreateWaitsForItsTurn(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.MaxCreates = 2 })
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.MaxCreates = 2 })
+		col, _, _ := e.collection(r, "c")
 		r.store.SetLatency(time.Second)
 		done := make(chan error, 6)
 		begin := time.Now()
@@ -1022,20 +1022,20 @@ func TestCreateWaitsForItsTurn(t *testing.T) {
 // TestCreatesShareOneMemoryBudget runs creates that each need more than half of the
 // budget: they run in turn, and none is given up while it waits.
 func TestCreatesShareOneMemoryBudget(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		const weight = 16 << 10
-		r := w.start("a", func(o *testOptions) { o.CreateMemory = 45 * 2 * weight })
-		col, _, _ := w.collection(r, "c")
+		r := e.start("a", func(o *testOptions) { o.CreateMemory = 45 * 2 * weight })
+		col, _, _ := e.collection(r, "c")
 		for range 40 {
-			s := w.segment(r, col, 0, 1, 2)
+			s := e.segment(r, col, 0, 1, 2)
 			s.EngineData = make([]byte, weight)
 			if _, err := rand.Read(s.EngineData); err != nil {
 				t.Fatal(err)
 			}
-			w.add(r, col, s)
+			e.add(r, col, s)
 		}
-		w.checkpoint(r, col, 10, 10)
-		small, _, _ := w.collection(r, "small")
+		e.checkpoint(r, col, 10, 10)
+		small, _, _ := e.collection(r, "small")
 		r.store.SetLatency(10 * time.Second)
 		done := make(chan error, 5)
 		for i := range 5 {
@@ -1045,7 +1045,7 @@ func TestCreatesShareOneMemoryBudget(t *testing.T) {
 			}()
 		}
 		settle()
-		if n := len(w.keysUnder(pendingKeys)); n != 1 {
+		if n := len(e.keysUnder(pendingKeys)); n != 1 {
 			t.Errorf("%d creates have begun, want 1", n)
 		}
 		begin := time.Now()
@@ -1058,7 +1058,7 @@ func TestCreatesShareOneMemoryBudget(t *testing.T) {
 			t.Errorf("five creates that each hold the memory for 10 s took %v", took)
 		}
 		r.store.SetLatency(0)
-		w.create(r, small, "an-empty-one")
-		w.check(r)
+		e.create(r, small, "an-empty-one")
+		e.check(r)
 	})
 }

@@ -72,18 +72,18 @@ func isBegin(t meta.Txn) bool  { return puts(t, pendingKeys) }
 func isCommit(t meta.Txn) bool { return puts(t, generation) }
 
 // inLateEnv is inEnv with a collection, and delays the transactions of replica "a".
-func inLateEnv(t *testing.T, fn func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection)) {
+func inLateEnv(t *testing.T, fn func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection)) {
 	t.Helper()
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		late := &lateKV{KV: w.memory}
-		w.kv = late
-		a := w.start("a")
-		w.kv = w.memory
-		col, _, _ := w.collection(a, "c")
-		w.add(a, col, w.segment(a, col, 0, 1, 2))
-		w.checkpoint(a, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		late := &lateKV{KV: e.memory}
+		e.kv = late
+		a := e.start("a")
+		e.kv = e.memory
+		col, _, _ := e.collection(a, "c")
+		e.add(a, col, e.segment(a, col, 0, 1, 2))
+		e.checkpoint(a, col, 10, 10)
 		settle()
-		fn(t, w, a, late, col)
+		fn(t, e, a, late, col)
 	})
 }
 
@@ -108,11 +108,11 @@ func TestCreateSurvivesMetadataStoreOutage(t *testing.T) {
 
 // awayFrom stops the store from the nth call after the create's begin.
 func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired bool) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, other := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }), w.start("b")
-		col, _, _ := w.collection(other, "c")
-		w.add(other, col, w.segment(other, col, 0, 1, 2))
-		w.checkpoint(other, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r, other := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }), e.start("b")
+		col, _, _ := e.collection(other, "c")
+		e.add(other, col, e.segment(other, col, 0, 1, 2))
+		e.checkpoint(other, col, 10, 10)
 		settle()
 		counted := []meta.Method{
 			meta.MethodGet, meta.MethodRange, meta.MethodScan, meta.MethodTxn,
@@ -150,7 +150,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 			t.Errorf("created %v, and the repeat says %v, %v", s, again, err)
 		}
 		settle()
-		if list := w.check(other); len(list) != 1 {
+		if list := e.check(other); len(list) != 1 {
 			t.Errorf("%v, want one", list)
 		}
 	})
@@ -160,7 +160,7 @@ func awayFrom(t *testing.T, n int, away time.Duration, fault meta.Fault) (fired 
 // TestLateCommit applies delayed commits after they were repeated: exactly one takes
 // effect.
 func TestLateCommit(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
 		n := 0
 		late.lose = func(txn meta.Txn) bool {
 			if isCommit(txn) {
@@ -173,7 +173,7 @@ func TestLateCommit(t *testing.T) {
 		if err != nil || n != 6 {
 			t.Fatalf("%v after %d commits, err = %v", s, n, err)
 		}
-		_, _, before, err := w.kv.Get(t.Context(), keys.Snapshot(s.ID))
+		_, _, before, err := e.kv.Get(t.Context(), keys.Snapshot(s.ID))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -184,14 +184,14 @@ func TestLateCommit(t *testing.T) {
 		if err != nil || got.Revision != s.Revision || got.Revision > before {
 			t.Errorf("got %+v, err = %v; created %+v", got, err, s)
 		}
-		w.check(a)
+		e.check(a)
 	})
 }
 
 // TestLateCommitIsFound applies the first commit while repeats are sent: they fail, and
 // the create succeeds.
 func TestLateCommitIsFound(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		done := make(chan *snapshot.Record, 1)
 		tok := token("t", "r")
@@ -203,7 +203,7 @@ func TestLateCommitIsFound(t *testing.T) {
 			done <- s
 		}()
 		time.Sleep(3 * time.Minute) // three times as long as its lease
-		if len(w.keysUnder(pendingKeys)) != 1 {
+		if len(e.keysUnder(pendingKeys)) != 1 {
 			t.Fatal("the create is not alive")
 		}
 		if applied := late.arrive(t); applied != 1 {
@@ -217,14 +217,14 @@ func TestLateCommitIsFound(t *testing.T) {
 		if err != nil || s == nil || again.ID != s.ID || again.Revision != s.Revision {
 			t.Errorf("created %v, the repeat says %v, %v", s, again, err)
 		}
-		w.check(a)
+		e.check(a)
 	})
 }
 
 // TestCommitWithoutAnswerEndsAtTheTimeout delays every commit: the create fails at its
 // timeout, and no commit that arrives later is applied.
 func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isCommit
 		tok := token("t", "r")
 		begin := time.Now()
@@ -242,11 +242,11 @@ func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 		_, err = a.Create(t.Context(), tok, spec(col, "x"))
 		wantError(t, err, ErrCreateAborted)
 		settle()
-		if list := w.check(a); len(list) != 0 {
+		if list := e.check(a); len(list) != 0 {
 			t.Errorf("left: %v", list)
 		}
 		late.lose = nil
-		w.create(a, col, "x")
+		e.create(a, col, "x")
 	})
 }
 
@@ -254,8 +254,8 @@ func TestCommitWithoutAnswerEndsAtTheTimeout(t *testing.T) {
 // and the repeat a final one.
 func TestUndecidedCommit(t *testing.T) {
 	for _, arrives := range []bool{false, true} {
-		inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
-			b := w.start("b")
+		inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
+			b := e.start("b")
 			late.lose = func(txn meta.Txn) bool { return isCommit(txn) || puts(txn, recs) && !isBegin(txn) }
 			tok := token("t", "r")
 			applied := 0
@@ -291,7 +291,7 @@ func TestUndecidedCommit(t *testing.T) {
 				}
 			}
 			settle()
-			if list := w.check(b); len(list) != map[bool]int{true: 1}[arrives] {
+			if list := e.check(b); len(list) != map[bool]int{true: 1}[arrives] {
 				t.Errorf("arrives %v: %v", arrives, list)
 			}
 		})
@@ -302,7 +302,7 @@ func TestUndecidedCommit(t *testing.T) {
 // effect, also if the snapshot was dropped since.
 func TestLateBegin(t *testing.T) {
 	for _, tok := range []request.Token{{}, token("t", "r")} {
-		inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
+		inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
 			n := 0
 			late.lose = func(txn meta.Txn) bool {
 				if isBegin(txn) {
@@ -318,14 +318,14 @@ func TestLateBegin(t *testing.T) {
 			if applied := late.arrive(t); applied != 0 {
 				t.Errorf("%d begins were applied after the one that was answered", applied)
 			}
-			w.check(a)
-			w.dropSnapshot(a, s)
+			e.check(a)
+			e.dropSnapshot(a, s)
 			settle()
 			late.lost = lost
 			if applied := late.arrive(t); applied != 0 {
 				t.Errorf("%d begins were applied after the snapshot was dropped", applied)
 			}
-			if list := w.check(a); len(list) != 0 {
+			if list := e.check(a); len(list) != 0 {
 				t.Errorf("left: %v", list)
 			}
 		})
@@ -335,7 +335,7 @@ func TestLateBegin(t *testing.T) {
 // TestBeginWithoutAnswerEndsWithItsLease delays every begin: the caller gets an unknown
 // outcome, and no begin that arrives later is applied.
 func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
-	inLateEnv(t, func(t *testing.T, w *testEnv, a *testReplica, late *lateKV, col catalog.Collection) {
+	inLateEnv(t, func(t *testing.T, e *env, a *testReplica, late *lateKV, col catalog.Collection) {
 		late.lose = isBegin
 		tok := token("t", "r")
 		begin := time.Now()
@@ -352,7 +352,7 @@ func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if list := w.check(a); len(list) != 1 || list[0].ID != s.ID {
+		if list := e.check(a); len(list) != 1 || list[0].ID != s.ID {
 			t.Errorf("%v, want %v", list, s)
 		}
 	})
@@ -363,18 +363,18 @@ func TestBeginWithoutAnswerEndsWithItsLease(t *testing.T) {
 // has ended, and the name is free.
 func TestRepeatAbandonsADeadCreate(t *testing.T) {
 	for _, noWait := range []bool{false, true} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			// A write that the frozen creator had begun may take effect after the removal; the sweep deletes its object.
 			long := func(o *testOptions) {
 				o.Parts.LeaderTTL, o.Parts.Collector.OrphanGrace = 24*time.Hour, time.Hour
 				o.Parts.Collector.SweepInterval = 30 * time.Minute
 			}
-			a := w.start("a", long)
+			a := e.start("a", long)
 			settle()
-			b := w.start("b", long)
-			col, _, _ := w.collection(a, "c")
-			w.add(a, col, w.segment(a, col, 0, 1, 2))
-			w.checkpoint(a, col, 10, 10)
+			b := e.start("b", long)
+			col, _, _ := e.collection(a, "c")
+			e.add(a, col, e.segment(a, col, 0, 1, 2))
+			e.checkpoint(a, col, 10, 10)
 			tok := token("t", "r")
 			a.store.Freeze()
 			done := make(chan error, 1)
@@ -410,7 +410,7 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 			wantError(t, <-done, ErrCreateAborted)
 			time.Sleep(3 * time.Hour)
 			settle()
-			if list := w.check(b); len(list) != 1 || list[0].ID != s.ID {
+			if list := e.check(b); len(list) != 1 || list[0].ID != s.ID {
 				t.Errorf("%v, want %v", list, s)
 			}
 		})
@@ -421,12 +421,12 @@ func TestRepeatAbandonsADeadCreate(t *testing.T) {
 // of call.
 func TestCreateSurvivesObjectStoreOutage(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a")
-			col, _, _ := w.collection(r, "c")
-			s := w.segment(r, col, 0, 1, 2)
-			w.addWritten(r, col, s)
-			w.checkpoint(r, col, 10, 10)
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a")
+			col, _, _ := e.collection(r, "c")
+			s := e.segment(r, col, 0, 1, 2)
+			e.addWritten(r, col, s)
+			e.checkpoint(r, col, 10, 10)
 			sp := spec(col, "x")
 			sp.Verify = true
 			until := time.Now().Add(3 * time.Minute)
@@ -441,7 +441,7 @@ func TestCreateSurvivesObjectStoreOutage(t *testing.T) {
 			}
 			r.store.Plan(nil)
 			settle()
-			w.check(r)
+			e.check(r)
 		})
 	}
 }

@@ -12,15 +12,15 @@ import (
 // TestDescribeReportsDamage checks that a description names missing and truncated
 // objects with a single listing, and reports a store that cannot be listed.
 func TestDescribeReportsDamage(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.addWritten(r, col, w.segment(r, col, 0, 1, 20))
-		w.checkpoint(r, col, 100, 100)
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.addWritten(r, col, e.segment(r, col, 0, 1, 20))
+		e.checkpoint(r, col, 100, 100)
+		s := e.create(r, col, "x")
 		dir, ref := manifest.Dir(s.Collection, s.ID), Ref{ID: s.ID}
 		name := manifest.ManifestName(0)
-		whole := w.readObject(dir + name)
+		whole := e.readObject(dir + name)
 		described := func() *Description {
 			t.Helper()
 			d, err := r.Describe(t.Context(), ref)
@@ -41,9 +41,9 @@ func TestDescribeReportsDamage(t *testing.T) {
 			}
 		}
 		want("whole")
-		w.putObject(dir+name, whole[1:])
+		e.putObject(dir+name, whole[1:])
 		want("short", fmt.Sprintf("%s has %d bytes, not %d", name, len(whole)-1, len(whole)))
-		if err := w.objects.Delete(t.Context(), dir+name, dir+manifest.RefsName); err != nil {
+		if err := e.objects.Delete(t.Context(), dir+name, dir+manifest.RefsName); err != nil {
 			t.Fatal(err)
 		}
 		want("missing", manifest.RefsName+" is missing", name+" is missing")
@@ -57,6 +57,6 @@ func TestDescribeReportsDamage(t *testing.T) {
 			t.Errorf("not listed: got %q, %v", d.Damage, d.DamageErr)
 		}
 		r.store.Plan(nil)
-		w.putObject(dir+name, whole)
+		e.putObject(dir+name, whole)
 	})
 }

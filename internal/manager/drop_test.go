@@ -21,10 +21,10 @@ import (
 )
 
 func TestDropDistinguishesAbsentFromUnreadable(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		settle() // so that the fault hits the drop
 		// A store that does not answer must not count as an absent snapshot.
 		r.kv.FailNth(0, meta.Before, meta.MethodGet)
@@ -52,17 +52,17 @@ func TestDropDistinguishesAbsentFromUnreadable(t *testing.T) {
 		wantError(t, err, snapshot.ErrNeverExisted)
 		_, err = r.Get(t.Context(), Ref{Name: "x"})
 		wantError(t, err, ErrSnapshotNotFound)
-		w.check(r)
-		if left := w.objectsUnder("snapshots/"); len(left) != 0 {
+		e.check(r)
+		if left := e.objectsUnder("snapshots/"); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
 	})
 }
 
 func TestDropOfPendingIsRefused(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		r.store.Freeze()
 		sp := spec(col, "x")
 		sp.NoWait = true
@@ -86,23 +86,23 @@ func TestDropOfPendingIsRefused(t *testing.T) {
 			t.Error(err)
 		}
 		settle()
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestDropOfPinnedIsRefused(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
-		w.put(keys.PinPrefix(s.ID)+"restore-7", []byte{1})
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
+		e.put(keys.PinPrefix(s.ID)+"restore-7", []byte{1})
 		_, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0)
 		wantError(t, err, ErrSnapshotPinned)
 		if !strings.Contains(errText(err), "restore-7") {
 			t.Errorf("%v does not name the pin", err)
 		}
 		// A pin made between the read and the transaction protects the snapshot.
-		if _, err := w.kv.Txn(t.Context(),
+		if _, err := e.kv.Txn(t.Context(),
 			meta.Txn{Then: []meta.Op{meta.Delete(keys.PinPrefix(s.ID) + "restore-7")}}); err != nil {
 			t.Fatal(err)
 		}
@@ -111,7 +111,7 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 		r.kv.Hook(func(c meta.Call) meta.Fault {
 			if c.Method == meta.MethodTxn && !pinned {
 				pinned = true
-				w.put(keys.PinPrefix(s.ID)+"late", []byte{1})
+				e.put(keys.PinPrefix(s.ID)+"late", []byte{1})
 			}
 			return meta.NoFault
 		})
@@ -122,29 +122,29 @@ func TestDropOfPinnedIsRefused(t *testing.T) {
 
 // TestDropPrefixEndsInSlash drops a snapshot whose id is a prefix of another's.
 func TestDropPrefixEndsInSlash(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		neighbour := fmt.Sprintf("snapshots/%d/%d6/metadata.json", col.ID, s.ID)
-		if _, err := w.objects.Put(t.Context(), neighbour, []byte("keep")); err != nil {
+		if _, err := e.objects.Put(t.Context(), neighbour, []byte("keep")); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
 		settle()
-		if left := w.objectsUnder("snapshots/"); !slices.Equal(left, []string{neighbour}) {
+		if left := e.objectsUnder("snapshots/"); !slices.Equal(left, []string{neighbour}) {
 			t.Errorf("left %v, want %s alone", left, neighbour)
 		}
 	})
 }
 
 func TestRecordIsDeletedLast(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpDelete {
 				return object.FaultBefore
@@ -155,18 +155,18 @@ func TestRecordIsDeletedLast(t *testing.T) {
 			t.Fatal(err)
 		}
 		settle()
-		w.create(r, col, "x") // the name is free at once
+		e.create(r, col, "x") // the name is free at once
 		got, err := r.Get(t.Context(), Ref{ID: s.ID})
 		if err != nil || got.State != snapshot.Deleting {
 			t.Errorf("the record went before the objects: %v, err = %v", got, err)
 		}
-		if len(w.objectsUnder(manifest.Dir(col.ID, s.ID))) == 0 {
+		if len(e.objectsUnder(manifest.Dir(col.ID, s.ID))) == 0 {
 			t.Fatal("the objects were deleted: the fault did not fire")
 		}
 		r.store.Plan(nil)
 		time.Sleep(2 * time.Minute)
 		settle()
-		if n := len(w.check(r)); n != 1 {
+		if n := len(e.check(r)); n != 1 {
 			t.Errorf("%d snapshots, want 1", n)
 		}
 	})
@@ -175,12 +175,12 @@ func TestRecordIsDeletedLast(t *testing.T) {
 // TestEachStateIsCleanedOnItsOwn checks that a failure with one snapshot does not stop
 // the cleaning of the others.
 func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		var all []*snapshot.Record
 		for i := range 3 {
-			all = append(all, w.create(r, col, fmt.Sprintf("s%d", i)))
+			all = append(all, e.create(r, col, fmt.Sprintf("s%d", i)))
 		}
 		stuck := manifest.Dir(col.ID, all[1].ID)
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -195,13 +195,13 @@ func TestEachStateIsCleanedOnItsOwn(t *testing.T) {
 			}
 		}
 		settle()
-		if left := w.keysUnder(keys.SnapshotPrefix); !slices.Equal(left, []string{keys.Snapshot(all[1].ID)}) {
+		if left := e.keysUnder(keys.SnapshotPrefix); !slices.Equal(left, []string{keys.Snapshot(all[1].ID)}) {
 			t.Errorf("left %v", left)
 		}
 		r.store.Plan(nil)
 		time.Sleep(2 * time.Minute)
 		settle()
-		w.check(r)
+		e.check(r)
 	})
 }
 
@@ -211,10 +211,10 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			fired := false
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r, other := w.start("a"), w.start("b")
-				col, _, _ := w.collection(other, "c")
-				s := w.create(other, col, "x")
+			inEnv(t, func(t *testing.T, e *env) {
+				r, other := e.start("a"), e.start("b")
+				col, _, _ := e.collection(other, "c")
+				s := e.create(other, col, "x")
 				settle()
 				tok := request.Token{Principal: "local", Method: "DropSnapshot", Value: "t", Hash: []byte{1}}
 				r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodRange, meta.MethodTxn, meta.MethodGrant)
@@ -231,7 +231,7 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 				}
 				time.Sleep(5 * time.Minute)
 				settle()
-				if left := w.check(other); len(left) != 0 {
+				if left := e.check(other); len(left) != 0 {
 					t.Errorf("call %d: left %v", n, left)
 				}
 			})
@@ -248,10 +248,10 @@ func TestDropSurvivesEachFailedCall(t *testing.T) {
 // TestThreeReplicas elects, stops, freezes and deposes leaders while snapshots are
 // created and dropped.
 func TestThreeReplicas(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		replicas := map[string]*testReplica{}
 		for _, name := range []string{"a", "b", "c"} {
-			replicas[name] = w.start(name)
+			replicas[name] = e.start(name)
 		}
 		leader := func() *testReplica {
 			t.Helper()
@@ -262,18 +262,18 @@ func TestThreeReplicas(t *testing.T) {
 					leading = append(leading, name)
 				}
 			}
-			name, err := election.Leader(t.Context(), w.kv, keys.Leader)
+			name, err := election.Leader(t.Context(), e.kv, keys.Leader)
 			if err != nil || len(leading) != 1 || leading[0] != name {
 				t.Fatalf("leading are %v, the key says %q, err = %v", leading, name, err)
 			}
 			return replicas[name]
 		}
 		first := leader()
-		col, _, _ := w.collection(first, "c")
+		col, _, _ := e.collection(first, "c")
 
 		// The leader freezes during a removal: it has listed the objects of
 		// a dropped snapshot and would next delete the record.
-		s := w.create(first, col, "x")
+		s := e.create(first, col, "x")
 		first.store.Freeze()
 		if _, err := first.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
 			t.Fatal(err)
@@ -282,10 +282,10 @@ func TestThreeReplicas(t *testing.T) {
 		first.kv.Freeze()
 		time.Sleep(time.Minute)
 		settle()
-		if left := w.keysUnder(keys.SnapshotPrefix); len(left) != 0 {
+		if left := e.keysUnder(keys.SnapshotPrefix); len(left) != 0 {
 			t.Errorf("the next leader did not clean: %v", left)
 		}
-		_, _, before, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, before, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -295,7 +295,7 @@ func TestThreeReplicas(t *testing.T) {
 		if second == first {
 			t.Fatal("a frozen leader still leads")
 		}
-		for _, kv := range w.written(before) {
+		for _, kv := range e.written(before) {
 			if strings.HasPrefix(kv, "/snapshot/") {
 				t.Errorf("the leader that was deposed wrote %s", kv)
 			}
@@ -315,21 +315,21 @@ func TestThreeReplicas(t *testing.T) {
 		if third == second {
 			t.Error("a stopped replica leads")
 		}
-		snap := w.create(third, col, "y")
+		snap := e.create(third, col, "y")
 		if _, err := third.Drop(t.Context(), request.Token{}, Ref{ID: snap.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
 		settle()
-		w.check(third)
+		e.check(third)
 	})
 }
 
 // written returns the existing keys that were written after a revision.
-func (w *testEnv) written(after int64) []string {
-	w.t.Helper()
-	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
+func (e *env) written(after int64) []string {
+	e.t.Helper()
+	res, err := e.kv.Range(e.t.Context(), meta.Range{From: "/", To: "0"})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	var list []string
 	for _, kv := range res.KVs {
@@ -341,9 +341,9 @@ func (w *testEnv) written(after int64) []string {
 }
 
 func TestExpiry(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		sp := spec(col, "short")
 		sp.TTL = time.Hour
 		if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
@@ -355,17 +355,17 @@ func TestExpiry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.put(keys.PinPrefix(pinned.ID)+"p", []byte{1})
-		w.create(r, col, "forever")
+		e.put(keys.PinPrefix(pinned.ID)+"p", []byte{1})
+		e.create(r, col, "forever")
 		time.Sleep(59 * time.Minute)
 		settle()
-		if n := len(w.check(r)); n != 3 {
+		if n := len(e.check(r)); n != 3 {
 			t.Errorf("%d snapshots before the hour, want 3", n)
 		}
 		time.Sleep(2 * time.Minute)
 		settle()
 		var names []string
-		for _, s := range w.check(r) {
+		for _, s := range e.check(r) {
 			names = append(names, s.Name)
 		}
 		if slices.Sort(names); !slices.Equal(names, []string{"forever", "pinned"}) {
@@ -392,11 +392,11 @@ func TestExpiryWithDisagreeingClocks(t *testing.T) {
 		by      time.Duration
 		expires bool
 	}{{-time.Minute, false}, {-10 * time.Minute, true}, {10 * time.Minute, true}, {time.Minute, false}} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *testOptions) {
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", func(o *testOptions) {
 				o.Stores = map[string]object.Store{"default": skewed{o.Stores["default"], tc.by}}
 			})
-			col, _, _ := w.collection(r, "c")
+			col, _, _ := e.collection(r, "c")
 			sp := spec(col, "short")
 			sp.TTL = time.Hour
 			if _, err := r.Create(t.Context(), request.Token{}, sp); err != nil {
@@ -421,10 +421,10 @@ func TestExpiryWithDisagreeingClocks(t *testing.T) {
 }
 
 func TestUpdate(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		first, second := w.create(r, col, "first"), w.create(r, col, "second")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		first, second := e.create(r, col, "first"), e.create(r, col, "second")
 		text, labels, never := "new", map[string]string{"a": "b"}, time.Time{}
 		tok := request.Token{Principal: "local", Method: "UpdateSnapshot", Value: "t", Hash: []byte{1}}
 		got, err := r.Update(t.Context(), tok, Ref{Name: "first"},
@@ -469,10 +469,10 @@ func TestNameIsResolvedOnce(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r, other := w.start("a"), w.start("b")
-				col, _, _ := w.collection(other, "c")
-				w.create(other, col, "x")
+			inEnv(t, func(t *testing.T, e *env) {
+				r, other := e.start("a"), e.start("b")
+				col, _, _ := e.collection(other, "c")
+				e.create(other, col, "x")
 				settle()
 				var second *snapshot.Record
 				var once sync.Once
@@ -482,7 +482,7 @@ func TestNameIsResolvedOnce(t *testing.T) {
 							if _, err := other.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 								t.Error(err)
 							}
-							second = w.create(other, col, "x")
+							second = e.create(other, col, "x")
 						})
 					}
 					return meta.NoFault

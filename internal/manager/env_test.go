@@ -28,9 +28,9 @@ import (
 	"github.com/snapshotd/snapshotd/test/virtual"
 )
 
-// testEnv is a cluster in memory: the two stores, and replicas that each reach them
+// env is a cluster in memory: the two stores, and replicas that each reach them
 // through their own Faulty.
-type testEnv struct {
+type env struct {
 	t       *testing.T
 	kv      meta.KV
 	memory  *metamemory.Store // the same store if it is the one in memory
@@ -55,31 +55,31 @@ type testReplica struct {
 }
 
 // inEnv runs fn in a bubble of virtual time.
-func inEnv(t *testing.T, fn func(t *testing.T, w *testEnv)) {
+func inEnv(t *testing.T, fn func(t *testing.T, e *env)) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
-		fn(t, &testEnv{
+		fn(t, &env{
 			t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}),
 			now: time.Now,
 		})
 	})
 }
 
-func (w *testEnv) start(name string, change ...func(*testOptions)) *testReplica {
-	w.t.Helper()
-	r := &testReplica{kv: meta.NewFaulty(w.kv), store: object.NewFaulty(w.objects)}
-	cl, err := cluster.Open(w.t.Context(), w.kv,
-		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: w.now, Rand: rand.Reader})
+func (e *env) start(name string, change ...func(*testOptions)) *testReplica {
+	e.t.Helper()
+	r := &testReplica{kv: meta.NewFaulty(e.kv), store: object.NewFaulty(e.objects)}
+	cl, err := cluster.Open(e.t.Context(), e.kv,
+		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: e.now, Rand: rand.Reader})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	var trusted *clock.Trusted
-	requests := request.NewLeases(r.kv, w.now, func(ctx context.Context) (time.Time, error) { return trusted.Stamp(ctx) })
+	requests := request.NewLeases(r.kv, e.now, func(ctx context.Context) (time.Time, error) { return trusted.Stamp(ctx) })
 	o := testOptions{Options: Options{Cluster: cl, Release: "test"}}
 	o.Shared = replica.Shared{
 		KV: r.kv, Stores: map[string]object.Store{"default": r.store}, SnapshotStore: "default",
-		Requests: requests, Replica: name, Now: w.now, Rand: rand.Reader, Log: zaptest.NewLogger(w.t).Named(name),
+		Requests: requests, Replica: name, Now: e.now, Rand: rand.Reader, Log: zaptest.NewLogger(e.t).Named(name),
 	}
 	for _, c := range change {
 		c(&o)
@@ -98,7 +98,7 @@ func (w *testEnv) start(name string, change ...func(*testOptions)) *testReplica 
 			Spill: catalog.WriteSpilled(o.Stores, "default"),
 		})
 	}
-	r.Replica, r.Manager = w.make(o)
+	r.Replica, r.Manager = e.make(o)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.Replica.Run(ctx, r.Manager) }()
@@ -112,10 +112,10 @@ func (w *testEnv) start(name string, change ...func(*testOptions)) *testReplica 
 		cancel()
 		r.store.Thaw()
 		if err := <-done; err != nil {
-			w.t.Errorf("run %s: %v", name, err)
+			e.t.Errorf("run %s: %v", name, err)
 		}
 	}
-	w.t.Cleanup(r.stop)
+	e.t.Cleanup(r.stop)
 	<-r.running
 	return r
 }
@@ -126,21 +126,21 @@ func atLeisure(o *testOptions) {
 }
 
 // make makes a replica that is not run.
-func (w *testEnv) make(o testOptions) (*replica.Replica, *Manager) {
-	w.t.Helper()
+func (e *env) make(o testOptions) (*replica.Replica, *Manager) {
+	e.t.Helper()
 	o.Parts.Shared, o.Parts.Interval = o.Shared, o.CleanInterval
 	r, err := replica.New(o.Parts)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	o.Shared, o.Snapshots, o.GC, o.Collector, o.Jobs = r.Shared, r.Snapshots, r.GC, r.Collector, r.Jobs
 	return r, New(o.Options)
 }
 
 // collection makes a collection with two channels, a partition and an index.
-func (w *testEnv) collection(r *testReplica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
-	w.t.Helper()
-	ctx := w.t.Context()
+func (e *env) collection(r *testReplica, name string) (catalog.Collection, catalog.Partition, catalog.Index) {
+	e.t.Helper()
+	ctx := e.t.Context()
 	col, err := r.catalog.CreateCollection(ctx, request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Channels: []string{"ch-0", "ch-1"},
 		Roots:      []catalog.Root{{Store: "default", Prefix: "data/"}},
@@ -151,35 +151,35 @@ func (w *testEnv) collection(r *testReplica, name string) (catalog.Collection, c
 		},
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	ref := catalog.Ref{ID: col.ID}
 	p, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{Name: "p0"})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	x, err := r.catalog.CreateIndex(ctx, request.Token{}, ref, catalog.Index{Name: "x0", Field: 100})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return col, p, x
 }
 
-func (w *testEnv) newID(r *testReplica) int64 {
-	w.t.Helper()
-	id, err := r.catalog.NextID(w.t.Context())
+func (e *env) newID(r *testReplica) int64 {
+	e.t.Helper()
+	id, err := r.catalog.NextID(e.t.Context())
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return id
 }
 
 // segment returns a flushed segment with one file of rows [from, to] on a channel.
-func (w *testEnv) segment(
+func (e *env) segment(
 	r *testReplica, col catalog.Collection, channel int, from, to segment.Timestamp,
 ) segment.Segment {
 	s := segment.Segment{
-		ID: w.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
+		ID: e.newID(r), Channel: channel, Level: 1, State: segment.Flushed, Rows: int64(to-from) + 1,
 		Start: segment.Position{Timestamp: from}, DML: segment.Position{Timestamp: to + 1},
 	}
 	f := segment.File{
@@ -191,15 +191,15 @@ func (w *testEnv) segment(
 	return s
 }
 
-func (w *testEnv) add(r *testReplica, col catalog.Collection, segments ...segment.Segment) {
-	w.t.Helper()
-	if _, _, err := r.catalog.AddSegments(w.t.Context(), col.ID, segments); err != nil {
-		w.t.Fatal(err)
+func (e *env) add(r *testReplica, col catalog.Collection, segments ...segment.Segment) {
+	e.t.Helper()
+	if _, _, err := r.catalog.AddSegments(e.t.Context(), col.ID, segments); err != nil {
+		e.t.Fatal(err)
 	}
 }
 
-func (w *testEnv) checkpoint(r *testReplica, col catalog.Collection, at ...segment.Timestamp) {
-	w.t.Helper()
+func (e *env) checkpoint(r *testReplica, col catalog.Collection, at ...segment.Timestamp) {
+	e.t.Helper()
 	var list []catalog.Checkpoint
 	for shard, ts := range at {
 		list = append(list, catalog.Checkpoint{
@@ -207,8 +207,8 @@ func (w *testEnv) checkpoint(r *testReplica, col catalog.Collection, at ...segme
 			Position: segment.Position{Timestamp: ts, Opaque: []byte{byte(shard)}},
 		})
 	}
-	if _, err := r.catalog.SetCheckpoints(w.t.Context(), catalog.Ref{ID: col.ID}, list); err != nil {
-		w.t.Fatal(err)
+	if _, err := r.catalog.SetCheckpoints(e.t.Context(), catalog.Ref{ID: col.ID}, list); err != nil {
+		e.t.Fatal(err)
 	}
 }
 
@@ -221,39 +221,39 @@ func spec(col catalog.Collection, name string) CreateSpec {
 	return CreateSpec{Collection: catalog.Ref{ID: col.ID}, Name: name}
 }
 
-func (w *testEnv) create(r *testReplica, col catalog.Collection, name string) *snapshot.Record {
-	w.t.Helper()
-	s, err := r.Create(w.t.Context(), request.Token{}, spec(col, name))
+func (e *env) create(r *testReplica, col catalog.Collection, name string) *snapshot.Record {
+	e.t.Helper()
+	s, err := r.Create(e.t.Context(), request.Token{}, spec(col, name))
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return s
 }
 
 // segments reads all segments of a snapshot.
-func (w *testEnv) segments(r *testReplica, s *snapshot.Record) []segment.Segment {
-	w.t.Helper()
+func (e *env) segments(r *testReplica, s *snapshot.Record) []segment.Segment {
+	e.t.Helper()
 	var list []segment.Segment
-	err := r.Segments(w.t.Context(), Ref{ID: s.ID}, 0, func(s *snapshot.Segment) bool {
+	err := r.Segments(e.t.Context(), Ref{ID: s.ID}, 0, func(s *snapshot.Segment) bool {
 		if s.Ordinal != int64(len(list)) {
-			w.t.Errorf("ordinal %d at place %d", s.Ordinal, len(list))
+			e.t.Errorf("ordinal %d at place %d", s.Ordinal, len(list))
 		}
 		list = append(list, s.Segment)
 		return true
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return list
 }
 
 // keysUnder returns the keys of the metadata store under prefix.
-func (w *testEnv) keysUnder(prefix string) []string {
-	w.t.Helper()
+func (e *env) keysUnder(prefix string) []string {
+	e.t.Helper()
 	from, to := meta.Prefix(prefix)
-	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
+	res, err := e.kv.Range(e.t.Context(), meta.Range{From: from, To: to})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	var list []string
 	for _, kv := range res.KVs {
@@ -263,12 +263,12 @@ func (w *testEnv) keysUnder(prefix string) []string {
 }
 
 // objectsUnder returns the keys of the object store under prefix.
-func (w *testEnv) objectsUnder(prefix string) []string {
-	w.t.Helper()
+func (e *env) objectsUnder(prefix string) []string {
+	e.t.Helper()
 	var list []string
-	for info, err := range w.objects.List(w.t.Context(), prefix) {
+	for info, err := range e.objects.List(e.t.Context(), prefix) {
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		list = append(list, info.Key)
 	}
@@ -280,58 +280,58 @@ func settle() { virtual.Wait() }
 
 // check checks the stores at rest: every record is COMMITTED with all its objects and
 // their digests, and there are no others.
-func (w *testEnv) check(r *testReplica) []*snapshot.Record {
-	w.t.Helper()
-	ctx := w.t.Context()
+func (e *env) check(r *testReplica) []*snapshot.Record {
+	e.t.Helper()
+	ctx := e.t.Context()
 	all := Filter{States: []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting}}
 	list, more, err := r.List(ctx, all, Place{}, 10_000)
 	if err != nil || more {
-		w.t.Fatalf("list: more = %v, err = %v", more, err)
+		e.t.Fatalf("list: more = %v, err = %v", more, err)
 	}
 	names := map[string]bool{}
 	objects := map[string]bool{}
 	for _, s := range list {
 		if s.State != snapshot.Committed {
-			w.t.Errorf("snapshot %s is %v at rest", s, s.State)
+			e.t.Errorf("snapshot %s is %v at rest", s, s.State)
 			continue
 		}
 		got, err := r.Get(ctx, Ref{Name: s.Name})
 		if err != nil || got.ID != s.ID {
-			w.t.Errorf("the name of %s stands for %v, err = %v", s, got, err)
+			e.t.Errorf("the name of %s stands for %v, err = %v", s, got, err)
 		}
 		names[keys.SnapshotName(0, s.Name)] = true
 		d, err := r.Describe(ctx, Ref{ID: s.ID})
 		if err != nil {
-			w.t.Errorf("describe %s: %v", s, err)
+			e.t.Errorf("describe %s: %v", s, err)
 			continue
 		}
-		if n := len(w.segments(r, s)); int64(n) != s.Totals.Segments {
-			w.t.Errorf("snapshot %s has %d segments, says %d", s, n, s.Totals.Segments)
+		if n := len(e.segments(r, s)); int64(n) != s.Totals.Segments {
+			e.t.Errorf("snapshot %s has %d segments, says %d", s, n, s.Totals.Segments)
 		}
 		dir := manifest.Dir(s.Collection, s.ID)
 		objects[dir+manifest.MetadataName], objects[dir+manifest.RefsName] = true, true
 		for _, mf := range d.Metadata.Manifests {
 			objects[dir+mf.File] = true
 		}
-		data, err := object.ReadAll(ctx, w.objects, dir+manifest.RefsName, d.Metadata.Refs.Length)
+		data, err := object.ReadAll(ctx, e.objects, dir+manifest.RefsName, d.Metadata.Refs.Length)
 		if err == nil {
 			_, err = manifest.DecodeRefs(data, d.Metadata.Refs)
 		}
 		if err != nil {
-			w.t.Errorf("references of %s: %v", s, err)
+			e.t.Errorf("references of %s: %v", s, err)
 		}
 	}
-	for _, key := range w.keysUnder("/snapshot/name/") {
+	for _, key := range e.keysUnder("/snapshot/name/") {
 		if !names[key] {
-			w.t.Errorf("%s stands for nothing", key)
+			e.t.Errorf("%s stands for nothing", key)
 		}
 	}
-	for _, key := range w.keysUnder(pendingKeys) {
-		w.t.Errorf("%s at rest", key)
+	for _, key := range e.keysUnder(pendingKeys) {
+		e.t.Errorf("%s at rest", key)
 	}
-	for _, key := range w.objectsUnder("snapshots/") {
-		if !objects[key] && key != identity.Key && (w.foreign == nil || !w.foreign(key)) {
-			w.t.Errorf("object %s belongs to nothing", key)
+	for _, key := range e.objectsUnder("snapshots/") {
+		if !objects[key] && key != identity.Key && (e.foreign == nil || !e.foreign(key)) {
+			e.t.Errorf("object %s belongs to nothing", key)
 		}
 	}
 	return list

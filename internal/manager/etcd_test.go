@@ -19,7 +19,7 @@ import (
 )
 
 // inReality is inEnv on real etcd and files, in real time.
-func inReality(t *testing.T, kv meta.KV) *testEnv {
+func inReality(t *testing.T, kv meta.KV) *env {
 	t.Helper()
 	objects, err := file.Open(t.TempDir(), file.Options{})
 	if err != nil {
@@ -30,35 +30,35 @@ func inReality(t *testing.T, kv meta.KV) *testEnv {
 			t.Error(err)
 		}
 	})
-	return &testEnv{t: t, kv: kv, objects: objects, now: time.Now}
+	return &env{t: t, kv: kv, objects: objects, now: time.Now}
 }
 
 // await watches the records of snapshots until done returns true.
-func (w *testEnv) await(what string, done func() bool) {
-	w.t.Helper()
-	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
+func (e *env) await(what string, done func() bool) {
+	e.t.Helper()
+	_, _, now, err := e.kv.Get(e.t.Context(), keys.Format)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	from, to := keys.All()
-	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(e.t.Context(), 30*time.Second)
 	defer cancel()
-	changes := w.kv.Watch(ctx, from, to, now)
+	changes := e.kv.Watch(ctx, from, to, now)
 	for !done() {
 		if _, err := changes.Next(); err != nil { // the leader's cleaning causes events, its renewals do not
-			w.t.Fatalf("not in time: %s; there are %v: %v", what, w.keysUnder("/snapshot/"), err)
+			e.t.Fatalf("not in time: %s; there are %v: %v", what, e.keysUnder("/snapshot/"), err)
 		}
 	}
 }
 
 func TestEtcdLifecycle(t *testing.T) {
-	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
-	col, _, _ := w.collection(r, "c")
+	e := inReality(t, etcdtest.Shared(t).KV(t))
+	r := e.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
+	col, _, _ := e.collection(r, "c")
 	for i := range 3 {
-		w.add(r, col, w.segment(r, col, i%2, 1, 20))
+		e.add(r, col, e.segment(r, col, i%2, 1, 20))
 	}
-	w.checkpoint(r, col, 10, 30)
+	e.checkpoint(r, col, 10, 30)
 	results := make(chan error, 64)
 	for range 64 {
 		go func() {
@@ -84,40 +84,40 @@ func TestEtcdLifecycle(t *testing.T) {
 	if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: "same"}, 0); err != nil {
 		t.Fatal(err)
 	}
-	w.await("the dropped snapshot is removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
-	w.check(r)
+	e.await("the dropped snapshot is removed", func() bool { return len(e.keysUnder(keys.SnapshotPrefix)) == 0 })
+	e.check(r)
 }
 
 // TestEtcdFrozenCreator lets the lease of a creator expire in real time.
 func TestEtcdFrozenCreator(t *testing.T) {
-	w := inReality(t, etcdtest.Shared(t).KV(t))
+	e := inReality(t, etcdtest.Shared(t).KV(t))
 	quick := func(o *testOptions) { o.LeaseTTL, o.Parts.LeaderTTL = 2*time.Second, 2*time.Second }
-	a, b := w.start("a", quick), w.start("b", quick)
-	col, _, _ := w.collection(a, "c")
+	a, b := e.start("a", quick), e.start("b", quick)
+	col, _, _ := e.collection(a, "c")
 	a.store.Freeze()
 	result := make(chan error, 1)
 	go func() {
 		_, err := a.Create(t.Context(), request.Token{}, spec(col, "x"))
 		result <- err
 	}()
-	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	e.await("the create has begun", func() bool { return len(e.keysUnder(pendingKeys)) == 1 })
 	a.kv.Freeze()
-	w.await("the dead create is cleaned", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
+	e.await("the dead create is cleaned", func() bool { return len(e.keysUnder(keys.SnapshotPrefix)) == 0 })
 	a.kv.Thaw()
 	a.store.Thaw()
 	wantError(t, <-result, ErrCreateAborted)
-	w.create(b, col, "x")
+	e.create(b, col, "x")
 }
 
 // TestEtcdLostAndBack stops and restarts etcd during creates.
 func TestEtcdLostAndBack(t *testing.T) {
 	server := etcdtest.Start(t)
-	w := inReality(t, server.KV(t))
-	r := w.start("a", func(o *testOptions) {
+	e := inReality(t, server.KV(t))
+	r := e.start("a", func(o *testOptions) {
 		o.LeaseTTL, o.Parts.LeaderTTL, o.CreateTimeout = 6*time.Second, 2*time.Second, 10*time.Second
 	})
-	col, _, _ := w.collection(r, "c")
-	w.create(r, col, "before")
+	col, _, _ := e.collection(r, "c")
+	e.create(r, col, "before")
 	r.store.Freeze()
 	result := make(chan error, 1)
 	tok := token("t", "r")
@@ -125,7 +125,7 @@ func TestEtcdLostAndBack(t *testing.T) {
 		_, err := r.Create(t.Context(), tok, spec(col, "x"))
 		result <- err
 	}()
-	w.await("the create has begun", func() bool { return len(w.keysUnder(pendingKeys)) == 1 })
+	e.await("the create has begun", func() bool { return len(e.keysUnder(pendingKeys)) == 1 })
 	server.Stop(t)
 	r.store.Thaw()
 	if err := <-result; !errors.Is(err, meta.ErrUnavailable) {
@@ -138,21 +138,21 @@ func TestEtcdLostAndBack(t *testing.T) {
 		t.Error("a list without etcd")
 	}
 	server.Restart(t)
-	w.await("the create is cleaned", func() bool { return len(w.keysUnder(pendingKeys)) == 0 })
-	w.await("its record is gone", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 1 })
+	e.await("the create is cleaned", func() bool { return len(e.keysUnder(pendingKeys)) == 0 })
+	e.await("its record is gone", func() bool { return len(e.keysUnder(keys.SnapshotPrefix)) == 1 })
 	_, err = r.Create(t.Context(), tok, spec(col, "x"))
 	wantError(t, err, ErrCreateAborted)
-	w.create(r, col, "x")
-	if n := len(w.check(r)); n != 2 {
+	e.create(r, col, "x")
+	if n := len(e.check(r)); n != 2 {
 		t.Errorf("%d snapshots, want 2", n)
 	}
 }
 
 // TestEtcdManySegments captures more segments than one manifest holds.
 func TestEtcdManySegments(t *testing.T) {
-	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
-	col, _, _ := w.collection(r, "c")
+	e := inReality(t, etcdtest.Shared(t).KV(t))
+	r := e.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
+	col, _, _ := e.collection(r, "c")
 	const n = 2*chunkSegments + 10
 	ids, err := r.catalog.AllocateIDs(t.Context(), request.Token{}, n)
 	if err != nil {
@@ -167,9 +167,9 @@ func TestEtcdManySegments(t *testing.T) {
 		s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
 		segments[i] = s
 	}
-	w.add(r, col, segments...)
-	w.checkpoint(r, col, 10, 10)
-	s := w.create(r, col, "many")
+	e.add(r, col, segments...)
+	e.checkpoint(r, col, 10, 10)
+	s := e.create(r, col, "many")
 	d, err := r.Describe(t.Context(), Ref{ID: s.ID})
 	if err != nil || len(d.Metadata.Manifests) != 3 || s.Totals.Segments != n {
 		t.Fatalf("%d manifests, totals %+v, err = %v", len(d.Metadata.Manifests), s.Totals, err)
@@ -188,5 +188,5 @@ func TestEtcdManySegments(t *testing.T) {
 			t.Errorf("from %d: ended at %d, err = %v; want %d", from, next, err, want)
 		}
 	}
-	w.check(r)
+	e.check(r)
 }

@@ -34,23 +34,23 @@ func line(e *Event) string {
 
 // history returns what a reader of a collection gets after a revision from a watch of
 // its own.
-func (w *testEnv) history(r *testReplica, after, collection int64) (list []string) {
-	w.t.Helper()
-	_, _, now, err := w.kv.Get(w.t.Context(), keys.Format)
+func (e *env) history(r *testReplica, after, collection int64) (list []string) {
+	e.t.Helper()
+	_, _, now, err := e.kv.Get(e.t.Context(), keys.Format)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	from, to := keys.All()
-	ctx, cancel := context.WithCancel(w.t.Context())
+	ctx, cancel := context.WithCancel(e.t.Context())
 	defer cancel()
-	changes := w.kv.Watch(ctx, from, to, after)
+	changes := e.kv.Watch(ctx, from, to, after)
 	for at := after; at < now; {
 		if err := changes.Progress(ctx); err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		b, err := changes.Next()
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		for _, e := range appendConcerning(nil, r.decodeEvents(b.Events), &reader{collection: collection}) {
 			list = append(list, line(&e))
@@ -66,12 +66,12 @@ func (w *testEnv) history(r *testReplica, after, collection int64) (list []strin
 func TestReadersOfAFeed(t *testing.T) {
 	for seed := range uint64(10) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
+			inEnv(t, func(t *testing.T, e *env) {
 				random := rand.New(rand.NewPCG(seed, 1))
-				r := w.start("a")
+				r := e.start("a")
 				r.feed.events = 1 + random.IntN(12)
-				col, _, _ := w.collection(r, "c0")
-				_, _, first, err := w.kv.Get(t.Context(), keys.Format)
+				col, _, _ := e.collection(r, "c0")
+				_, _, first, err := e.kv.Get(t.Context(), keys.Format)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -122,7 +122,7 @@ func TestReadersOfAFeed(t *testing.T) {
 							DB: "d", Name: fmt.Sprint("c-", i), Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
 						})
 					case 1:
-						w.create(r, col, fmt.Sprint("s-", i))
+						e.create(r, col, fmt.Sprint("s-", i))
 					case 2:
 						time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
 					}
@@ -130,7 +130,7 @@ func TestReadersOfAFeed(t *testing.T) {
 				time.Sleep(10 * time.Minute)
 				for i, s := range readers {
 					s.mu.Lock()
-					if diff := cmp.Diff(w.history(r, first, s.col), s.got); diff != "" {
+					if diff := cmp.Diff(e.history(r, first, s.col), s.got); diff != "" {
 						t.Errorf("reader %d (-want +got):\n%s", i, diff)
 					}
 					s.mu.Unlock()
@@ -148,11 +148,11 @@ func TestReadersOfAFeed(t *testing.T) {
 // TestReadersShareAWatch checks that all readers of a replica share one watch, and are
 // not woken by writes that do not concern them.
 func TestReadersShareAWatch(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		other, _, _ := w.collection(r, "other")
-		w.checkpoint(r, col, 20, 20)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		other, _, _ := e.collection(r, "other")
+		e.checkpoint(r, col, 20, 20)
 		settle()
 		var watches atomic.Int64
 		r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -194,13 +194,13 @@ func TestReadersShareAWatch(t *testing.T) {
 		}
 		before := stand()
 		for range 20 {
-			w.add(r, col, w.segment(r, col, 0, 1, 9))
+			e.add(r, col, e.segment(r, col, 0, 1, 9))
 		}
 		settle()
 		if stand() != before || reported.Load() != 0 {
 			t.Errorf("segments woke readers of events; %d were reported", reported.Load())
 		}
-		w.create(r, col, "s")
+		e.create(r, col, "s")
 		settle()
 		if n := reported.Load(); n != 150*2 { // PENDING, COMMITTED
 			t.Errorf("reported %d events, want those of one collection", n)
@@ -216,10 +216,10 @@ func TestReadersShareAWatch(t *testing.T) {
 // TestSlowReaderIsCompacted checks that a reader gets ErrEventsCompacted when the store
 // has compacted the events that it lacks.
 func TestSlowReaderIsCompacted(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
 		r.feed.events = 1
-		col, _, _ := w.collection(r, "c")
+		col, _, _ := e.collection(r, "c")
 		reading, read := make(chan struct{}), make(chan struct{})
 		ended := make(chan error, 1)
 		go func() {
@@ -243,14 +243,14 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 		}
 		settle()
 		for i := range 3 {
-			w.create(r, col, fmt.Sprint("s-", i))
+			e.create(r, col, fmt.Sprint("s-", i))
 			settle() // else one batch may hold all, and the ring keeps it
 		}
-		_, _, now, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, now, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := w.memory.Compact(t.Context(), now); err != nil {
+		if err := e.memory.Compact(t.Context(), now); err != nil {
 			t.Fatal(err)
 		}
 		close(read)
@@ -266,9 +266,9 @@ func TestSlowReaderIsCompacted(t *testing.T) {
 // TestFeedOfABrokenWatch checks that readers end when the store contradicts an earlier
 // answer, because events may be missing, and that a new reader gets all events.
 func TestFeedOfABrokenWatch(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		watch := func() (ended chan error, reported *atomic.Int64) {
 			ended, reported = make(chan error, 1), &atomic.Int64{}
 			go func() {
@@ -282,14 +282,14 @@ func TestFeedOfABrokenWatch(t *testing.T) {
 		}
 		first, _ := watch()
 		second, _ := watch()
-		w.memory.Overtake(true)
-		w.collection(r, "other")
-		w.memory.Overtake(false)
+		e.memory.Overtake(true)
+		e.collection(r, "other")
+		e.memory.Overtake(false)
 		wantError(t, <-first, ErrEventsCompacted)
 		wantError(t, <-second, ErrEventsCompacted)
 		time.Sleep(time.Minute) // the feed has recovered
 		_, reported := watch()
-		w.create(r, col, "s")
+		e.create(r, col, "s")
 		settle()
 		if reported.Load() != 2 {
 			t.Errorf("reported %d events, want PENDING and COMMITTED", reported.Load())

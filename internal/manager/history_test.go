@@ -37,26 +37,26 @@ func (h *history) wrong(revision int64, format string, args ...any) {
 }
 
 // judgeHistory follows the store from its first revision.
-func (w *testEnv) judgeHistory() *history {
-	w.t.Helper()
+func (e *env) judgeHistory() *history {
+	e.t.Helper()
 	h := &history{
-		t: w.t, now: map[string]meta.KeyValue{}, born: map[int64]bool{}, published: map[int64]int{},
+		t: e.t, now: map[string]meta.KeyValue{}, born: map[int64]bool{}, published: map[int64]int{},
 		granted: map[string]bool{},
 		ended:   map[copyjob.State]int{}, states: map[string]int{},
 	}
-	ctx := w.t.Context()
-	_, _, last, err := w.kv.Get(ctx, keys.Format)
+	ctx := e.t.Context()
+	_, _, last, err := e.kv.Get(ctx, keys.Format)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
-	watch := w.kv.Watch(ctx, "/", "0", 0)
+	watch := e.kv.Watch(ctx, "/", "0", 0)
 	if err := watch.Progress(ctx); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	for {
 		batch, err := watch.Next()
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		for len(batch.Events) > 0 {
 			n := 1
@@ -308,9 +308,9 @@ func (h *history) collection(at int64, key string, next map[string]meta.KeyValue
 // TestHistory checks each revision that a cluster writes while it executes every
 // operation.
 func TestHistory(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		w.live()
-		h := w.judgeHistory()
+	inEnv(t, func(t *testing.T, e *env) {
+		e.live()
+		h := e.judgeHistory()
 		if h.ended[copyjob.Completed] < 2 || h.ended[copyjob.Canceled] < 1 || h.ended[copyjob.Failed] < 1 ||
 			len(h.granted) < 10 {
 			t.Errorf("jobs ended %v, %d grants", h.ended, len(h.granted))
@@ -335,8 +335,8 @@ func TestHistoryOfRaces(t *testing.T) {
 	ended, moves := map[copyjob.State]int{}, map[string]int{}
 	for range 4 {
 		run := random.Uint64()
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			h := w.race(run)
+		inEnv(t, func(t *testing.T, e *env) {
+			h := e.race(run)
 			if t.Failed() {
 				t.Logf("run %d", run)
 			}
@@ -355,7 +355,7 @@ func TestHistoryOfRaces(t *testing.T) {
 }
 
 // race is one run. The seed decides the calls and the faults of replicas.
-func (w *testEnv) race(seed uint64) *history {
+func (e *env) race(seed uint64) *history {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	var mu sync.Mutex
 	intN := func(n int) int {
@@ -368,13 +368,13 @@ func (w *testEnv) race(seed uint64) *history {
 		o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = time.Hour, 30*time.Minute
 	}
 	for _, name := range []string{"a", "b", "c"} {
-		rs = append(rs, w.start(name, soon))
+		rs = append(rs, e.start(name, soon))
 	}
-	col := w.richCollection(rs[0], "c", 40)
+	col := e.richCollection(rs[0], "c", 40)
 	for _, r := range rs {
 		r.store.SetLatency(time.Duration(intN(800)) * time.Millisecond)
 	}
-	ctx := w.t.Context()
+	ctx := e.t.Context()
 	var callers sync.WaitGroup
 	for range 6 {
 		callers.Go(func() {
@@ -414,12 +414,12 @@ func (w *testEnv) race(seed uint64) *history {
 	}
 	time.Sleep(3 * time.Hour) // late writes of frozen replicas are swept
 	settle()
-	h := w.judgeHistory()
-	for _, job := range w.jobs() {
+	h := e.judgeHistory()
+	for _, job := range e.jobs() {
 		if !job.State.Ended() {
-			w.t.Errorf("job %s is %v", job, job.State)
+			e.t.Errorf("job %s is %v", job, job.State)
 		}
 	}
-	w.check(rs[0])
+	e.check(rs[0])
 	return h
 }

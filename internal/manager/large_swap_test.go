@@ -17,27 +17,27 @@ import (
 
 // heavy registers n segments of many files, of which only the first of each exists, and
 // returns their ids.
-func (w *testEnv) heavy(r *testReplica, col catalog.Collection, n, files int) []int64 {
-	w.t.Helper()
+func (e *env) heavy(r *testReplica, col catalog.Collection, n, files int) []int64 {
+	e.t.Helper()
 	ids := make([]int64, n)
 	for i := range ids {
-		s := w.segment(r, col, 0, 1, 20)
+		s := e.segment(r, col, 0, 1, 20)
 		for j := range files {
 			s.Files = append(s.Files, segment.File{
 				Kind: segment.KindDelta, Path: fmt.Sprintf("%d/0/%d/delta/%d", col.ID, s.ID, j), Size: int64(j),
 				ETag: fmt.Sprintf("%.16x", sha256.Sum256([]byte(fmt.Sprint(i, j)))),
 			})
 		}
-		w.add(r, col, s)
+		e.add(r, col, s)
 		ids[i] = s.ID
 	}
 	return ids
 }
 
-func (w *testEnv) compact(r *testReplica, col catalog.Collection, ids []int64) error {
-	w.t.Helper()
-	out := w.segment(r, col, 0, 1, 20)
-	_, err := r.catalog.Change(w.t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
+func (e *env) compact(r *testReplica, col catalog.Collection, ids []int64) error {
+	e.t.Helper()
+	out := e.segment(r, col, 0, 1, 20)
+	_, err := r.catalog.Change(e.t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
 		catalog.SegmentChange{Drop: ids, Add: []segment.Segment{out}})
 	return err
 }
@@ -47,45 +47,45 @@ func (w *testEnv) compact(r *testReplica, col catalog.Collection, ids []int64) e
 func TestLargeCompaction(t *testing.T) {
 	for _, c := range []struct{ segments, files int }{{50, 200}, {50, 800}, {59, 3000}, {6, 4000}} {
 		t.Run(fmt.Sprintf("%d of %d files", c.segments, c.files), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-				col, _, _ := w.collection(r, "c")
-				ids := w.heavy(r, col, c.segments, c.files)
-				w.checkpoint(r, col, 100, 100)
-				snap := w.create(r, col, "one")
-				if err := w.compact(r, col, ids); err != nil {
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+				col, _, _ := e.collection(r, "c")
+				ids := e.heavy(r, col, c.segments, c.files)
+				e.checkpoint(r, col, 100, 100)
+				snap := e.create(r, col, "one")
+				if err := e.compact(r, col, ids); err != nil {
 					t.Fatal(err)
 				}
-				spilled := len(w.objectsUnder(catalog.SpillPrefix))
+				spilled := len(e.objectsUnder(catalog.SpillPrefix))
 				if fits := c.segments*c.files < 25_000; (spilled == 0) != fits || spilled > c.segments {
 					t.Errorf("%d of %d are spilled", spilled, c.segments)
 				}
-				if n := len(w.keysUnder("/catalog/unit/")); n != c.segments {
+				if n := len(e.keysUnder("/catalog/unit/")); n != c.segments {
 					t.Errorf("%d units of %d", n, c.segments)
 				}
 				settle()
-				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 ||
+				if _, sum := e.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != 0 ||
 					sum.Held != int64(c.segments) {
 					t.Errorf("%+v, while a snapshot holds them", sum)
 				}
-				got := w.segments(r, snap)
+				got := e.segments(r, snap)
 				if len(got) != c.segments || len(got[0].Files) != c.files+1 {
 					t.Errorf("the snapshot has %d segments", len(got))
 				}
-				w.dropSnapshot(r, snap)
+				e.dropSnapshot(r, snap)
 				time.Sleep(5 * time.Minute)
 				settle()
-				if _, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != int64(c.segments) {
+				if _, sum := e.round(r, collect.CycleOptions{Tolerance: new(time.Duration)}); sum.Granted != int64(c.segments) {
 					t.Errorf("%+v, once nothing holds them", sum)
 				}
 				time.Sleep(30 * time.Minute)
 				settle()
 				for _, prefix := range []string{"/catalog/unit/", "/gc/tomb/"} {
-					if left := w.keysUnder(prefix); len(left) > 0 {
+					if left := e.keysUnder(prefix); len(left) > 0 {
 						t.Errorf("%d keys are left, as %s", len(left), left[0])
 					}
 				}
-				if left := w.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
+				if left := e.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
 					t.Errorf("%d objects are left, as %s", len(left), left[0])
 				}
 			})
@@ -98,19 +98,19 @@ func TestLargeCompaction(t *testing.T) {
 // as their segment.
 func TestLargeCompactionIsInterrupted(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-			col, _, _ := w.collection(r, "c")
-			ids := w.heavy(r, col, 50, 800)
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+			col, _, _ := e.collection(r, "c")
+			ids := e.heavy(r, col, 50, 800)
 			r.store.FailNth(object.OpPut, 3, fault)
-			if err := w.compact(r, col, ids); err == nil {
+			if err := e.compact(r, col, ids); err == nil {
 				t.Fatal("it succeeded without all of its objects")
 			}
 			r.clearFaults()
-			if n := len(w.keysUnder("/catalog/segment/")); n != 50 {
+			if n := len(e.keysUnder("/catalog/segment/")); n != 50 {
 				t.Fatalf("%d segments", n)
 			}
-			left := w.objectsUnder(catalog.SpillPrefix)
+			left := e.objectsUnder(catalog.SpillPrefix)
 			if len(left) == 0 {
 				t.Fatal("nothing was spilled")
 			}
@@ -124,11 +124,11 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 				t.Errorf("%+v, err = %v", e, err)
 			}
 			// One segment changes meanwhile: the dropped content is spilled.
-			w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
-			if err := w.compact(r, col, ids); err != nil {
+			e.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: ids[0], Rows: new(int64(7))}}})
+			if err := e.compact(r, col, ids); err != nil {
 				t.Fatal(err)
 			}
-			_, sum := w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
+			_, sum := e.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 			if sum.Granted != 50 {
 				t.Errorf("%+v", sum)
 			}
@@ -137,7 +137,7 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 			if _, err := r.Collector.Sweep(t.Context(), collect.SweepOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if left := w.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
+			if left := e.objectsUnder(catalog.SpillPrefix); len(left) > 0 {
 				t.Errorf("%d objects are left, as %s", len(left), left[0])
 			}
 		})
@@ -148,14 +148,14 @@ func TestLargeCompactionIsInterrupted(t *testing.T) {
 // The largest accepted one is captured, restored, restored again from the target, and
 // compacted.
 func TestLargestSegmentIsRestored(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col, _, x := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col, _, x := e.collection(r, "c")
 		var list []catalog.Index
 		list = append(list, x)
 		var last *segment.Segment
 		for n := 1; ; n++ {
-			s := w.segment(r, col, 0, 1, 9)
+			s := e.segment(r, col, 0, 1, 9)
 			for i := range n {
 				if i == len(list) {
 					ix, err := r.catalog.CreateIndex(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
@@ -165,7 +165,7 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 					}
 					list = append(list, ix)
 				}
-				b := segment.Build{ID: w.newID(r), Index: list[i].ID, Field: 100}
+				b := segment.Build{ID: e.newID(r), Index: list[i].ID, Field: 100}
 				for j := range 2000 {
 					b.Files = append(b.Files,
 						segment.File{Kind: segment.KindIndex, Path: fmt.Sprintf("%d/index/%d/%d", col.ID, b.ID, j), Size: 10})
@@ -177,7 +177,7 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 				break
 			}
 			if last != nil {
-				w.dropSegments(r, col, last.ID)
+				e.dropSegments(r, col, last.ID)
 			}
 			last = &s
 		}
@@ -185,17 +185,17 @@ func TestLargestSegmentIsRestored(t *testing.T) {
 			t.Errorf("the largest has %d builds", n)
 		}
 		for f := range last.AllFiles() {
-			if _, err := w.objects.Put(t.Context(), "data/"+f.Path, tenBytes(f.Path)[:f.Size]); err != nil {
+			if _, err := e.objects.Put(t.Context(), "data/"+f.Path, tenBytes(f.Path)[:f.Size]); err != nil {
 				t.Fatal(err)
 			}
 		}
-		w.checkpoint(r, col, 10, 10)
+		e.checkpoint(r, col, 10, 10)
 		from := col
 		for _, name := range []string{"first", "second"} {
-			sp := restoreSpecOf(w.create(r, from, "of-"+name))
+			sp := restoreSpecOf(e.create(r, from, "of-"+name))
 			sp.Name = name
-			job := w.restore(r, sp)
-			end := w.waitEnded(r, job.ID)
+			job := e.restore(r, sp)
+			end := e.waitEnded(r, job.ID)
 			if end.Job.State != copyjob.Completed {
 				t.Fatalf("%s: it ended %v: %s: %s", name, end.Job.State, end.Job.Reason, end.Job.Message)
 			}

@@ -13,17 +13,17 @@ import (
 // TestGrantWaitsForTheCommit checks that a replica that has received progress beyond the
 // commit of a snapshot, but not the commit, does not grant the snapshot's segment.
 func TestGrantWaitsForTheCommit(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
-		late := &lateEvents{KV: w.kv, sent: make(chan struct{})}
-		b := w.start("b", func(o *testOptions) { o.KV = late })
-		col, _, _ := w.collection(a, "c")
-		s := w.segment(a, col, 0, 1, 20)
-		w.add(a, col, s)
-		w.checkpoint(a, col, 100, 100)
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
+		late := &lateEvents{KV: e.kv, sent: make(chan struct{})}
+		b := e.start("b", func(o *testOptions) { o.KV = late })
+		col, _, _ := e.collection(a, "c")
+		s := e.segment(a, col, 0, 1, 20)
+		e.add(a, col, s)
+		e.checkpoint(a, col, 100, 100)
 		settle()
-		w.create(a, col, "one")
-		asks := w.dropSegments(a, col, s.ID)
+		e.create(a, col, "one")
+		asks := e.dropSegments(a, col, s.ID)
 		ref := catalog.Ref{ID: col.ID}
 		_, err := b.GC.Check(t.Context(), ref, asks)
 		wantError(t, err, gc.ErrLoading)
@@ -32,7 +32,7 @@ func TestGrantWaitsForTheCommit(t *testing.T) {
 		_, err = b.GC.Counts(t.Context(), col.ID)
 		wantError(t, err, gc.ErrLoading)
 		close(late.sent)
-		w.collection(a, "another") // for which the replica requests progress
+		e.collection(a, "another") // for which the replica requests progress
 		answers, err := b.GC.Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
 		if err != nil {
 			t.Fatal(err)

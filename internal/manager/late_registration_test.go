@@ -15,15 +15,15 @@ import (
 // succeeds.
 func TestLateRepeatAfterReclaim(t *testing.T) {
 	for _, by := range []gc.Deleter{gc.BySnapshotd, gc.ByCaller} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-			col, _, x := w.collection(r, "c")
-			s := w.segment(r, col, 0, 1, 20)
-			b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+			col, _, x := e.collection(r, "c")
+			s := e.segment(r, col, 0, 1, 20)
+			b := segment.Build{ID: e.newID(r), Index: x.ID, Field: 100}
 			s.Builds = []segment.Build{b}
-			w.addWritten(r, col, s)
-			w.checkpoint(r, col, 100, 100)
-			tombs := w.granted(w.reclaim(r, col, by, w.dropSegments(r, col, s.ID)...))
+			e.addWritten(r, col, s)
+			e.checkpoint(r, col, 100, 100)
+			tombs := e.granted(e.reclaim(r, col, by, e.dropSegments(r, col, s.ID)...))
 			if by == gc.ByCaller {
 				if _, err := r.GC.Confirm(t.Context(), catalog.Ref{ID: col.ID}, []int64{tombs[0].ID}); err != nil {
 					t.Fatal(err)
@@ -33,14 +33,14 @@ func TestLateRepeatAfterReclaim(t *testing.T) {
 			settle()
 			_, _, err := r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{s})
 			wantError(t, err, catalog.ErrIDUsed)
-			other := w.segment(r, col, 0, 1, 20)
+			other := e.segment(r, col, 0, 1, 20)
 			other.Builds = s.Builds
 			_, _, err = r.catalog.AddSegments(t.Context(), col.ID, []segment.Segment{other})
 			wantError(t, err, catalog.ErrIDUsed)
 			if n, err := r.catalog.DropSegments(t.Context(), catalog.Ref{ID: col.ID}, []int64{s.ID}); n != 0 || err != nil {
 				t.Errorf("dropped %d again, err = %v", n, err)
 			}
-			if snap := w.create(r, col, "one"); snap.Totals.Segments != 0 {
+			if snap := e.create(r, col, "one"); snap.Totals.Segments != 0 {
 				t.Errorf("%+v is in the snapshot", snap.Totals)
 			}
 		})
@@ -50,12 +50,12 @@ func TestLateRepeatAfterReclaim(t *testing.T) {
 // TestRegistrationRacesConfirm checks that a registration fails if its id became gone
 // after it was decided.
 func TestRegistrationRacesConfirm(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(b, "c")
-		s, beside := w.segment(b, col, 0, 1, 20), w.segment(b, col, 0, 1, 20)
-		w.add(b, col, s)
-		tomb := w.granted(w.reclaim(b, col, gc.ByCaller, w.dropSegments(b, col, s.ID)...))[0]
+	inEnv(t, func(t *testing.T, e *env) {
+		r, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(b, "c")
+		s, beside := e.segment(b, col, 0, 1, 20), e.segment(b, col, 0, 1, 20)
+		e.add(b, col, s)
+		tomb := e.granted(e.reclaim(b, col, gc.ByCaller, e.dropSegments(b, col, s.ID)...))[0]
 		settle()
 		confirmed, txns := false, 0
 		r.kv.Hook(func(c meta.Call) meta.Fault {

@@ -16,11 +16,11 @@ import (
 )
 
 // revokeAll revokes every lease that has keys, and returns the number.
-func (w *testEnv) revokeAll() (n int) {
-	w.t.Helper()
-	res, err := w.kv.Range(w.t.Context(), meta.Range{From: "/", To: "0"})
+func (e *env) revokeAll() (n int) {
+	e.t.Helper()
+	res, err := e.kv.Range(e.t.Context(), meta.Range{From: "/", To: "0"})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	seen := map[meta.LeaseID]bool{0: true}
 	for _, kv := range res.KVs {
@@ -29,8 +29,8 @@ func (w *testEnv) revokeAll() (n int) {
 		}
 		seen[kv.Lease] = true
 		n++
-		if err := w.kv.Revoke(w.t.Context(), kv.Lease); err != nil {
-			w.t.Fatal(err)
+		if err := e.kv.Revoke(e.t.Context(), kv.Lease); err != nil {
+			e.t.Fatal(err)
 		}
 	}
 	return n
@@ -44,19 +44,19 @@ func TestLeasesRevoked(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	aborted, made := 0, 0
 	for range 3 {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			soon := func(o *testOptions) {
 				o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = time.Hour, 30*time.Minute
 			}
-			rs := []*testReplica{w.start("a", soon), w.start("b", soon), w.start("c", soon)}
-			col := w.richCollection(rs[0], "c", 40)
-			s := w.create(rs[0], col, "first")
+			rs := []*testReplica{e.start("a", soon), e.start("b", soon), e.start("c", soon)}
+			col := e.richCollection(rs[0], "c", 40)
+			s := e.create(rs[0], col, "first")
 			for _, r := range rs {
 				r.store.SetLatency(300 * time.Millisecond)
 			}
-			before := w.contents()
+			before := e.contents()
 			sp := restoreSpecOf(s)
-			job := w.restore(rs[1], sp)
+			job := e.restore(rs[1], sp)
 			terms := map[int64]bool{}
 			var mu sync.Mutex
 			var creates sync.WaitGroup
@@ -79,14 +79,14 @@ func TestLeasesRevoked(t *testing.T) {
 				})
 				time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
 				if i%4 == 0 {
-					if kv, found, _, err := w.kv.Get(t.Context(), keys.Leader); err == nil && found {
+					if kv, found, _, err := e.kv.Get(t.Context(), keys.Leader); err == nil && found {
 						terms[kv.CreateRevision] = true
 					}
-					w.revokeAll()
+					e.revokeAll()
 				}
 			}
 			creates.Wait()
-			end := w.waitEnded(rs[0], job.ID)
+			end := e.waitEnded(rs[0], job.ID)
 			if len(terms) < 3 {
 				t.Errorf("%d terms: the leader did not lose its lease", len(terms))
 			}
@@ -95,13 +95,13 @@ func TestLeasesRevoked(t *testing.T) {
 			}
 			time.Sleep(3 * time.Hour) // writes of creates without a lease are swept
 			settle()
-			for _, got := range w.check(rs[2]) {
+			for _, got := range e.check(rs[2]) {
 				if !there[got.Name] {
 					t.Errorf("snapshot %s is there, and its create returned ABORTED", got)
 				}
 				delete(there, got.Name)
 				if got.ID != s.ID {
-					w.dropSnapshot(rs[1], got)
+					e.dropSnapshot(rs[1], got)
 				}
 			}
 			if len(there) > 0 {
@@ -111,7 +111,7 @@ func TestLeasesRevoked(t *testing.T) {
 			if end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
-			w.checkRestored(rs[0], before, end.Job, sp)
+			e.checkRestored(rs[0], before, end.Job, sp)
 		})
 	}
 	if aborted == 0 || made == 0 {
@@ -122,7 +122,7 @@ func TestLeasesRevoked(t *testing.T) {
 // TestConstantCompaction continuously compacts the metadata store to its newest
 // revision while a cluster executes every operation.
 func TestConstantCompaction(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		done := make(chan struct{})
 		var compacts sync.WaitGroup
 		compacts.Go(func() {
@@ -134,21 +134,21 @@ func TestConstantCompaction(t *testing.T) {
 					return
 				case <-tick.C:
 				}
-				_, _, now, err := w.kv.Get(t.Context(), keys.Format)
+				_, _, now, err := e.kv.Get(t.Context(), keys.Format)
 				if err != nil {
 					t.Errorf("read: %v", err)
 				}
-				if err := w.memory.Compact(t.Context(), now); err != nil && !errors.Is(err, meta.ErrCompacted) {
+				if err := e.memory.Compact(t.Context(), now); err != nil && !errors.Is(err, meta.ErrCompacted) {
 					t.Errorf("compact: %v", err)
 				}
 			}
 		})
-		w.live()
+		e.live()
 		close(done)
 		compacts.Wait()
-		r := w.start("last")
-		col, _, _ := w.collection(r, "after")
-		s := w.create(r, col, "after")
+		r := e.start("last")
+		col, _, _ := e.collection(r, "after")
+		s := e.create(r, col, "after")
 		if got, err := r.Get(t.Context(), Ref{Name: "after"}); err != nil || got.ID != s.ID {
 			t.Errorf("got %v, err = %v", got, err)
 		}

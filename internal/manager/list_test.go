@@ -17,9 +17,9 @@ import (
 )
 
 func TestListFilters(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, other := w.start("a"), w.start("b")
-		one, part, _ := w.collection(r, "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r, other := e.start("a"), e.start("b")
+		one, part, _ := e.collection(r, "one")
 		two, err := r.catalog.CreateCollection(t.Context(), request.Token{}, catalog.Collection{
 			DB: "second", Name: "one", Roots: []catalog.Root{{Store: "default", Prefix: "two/"}},
 		})
@@ -84,13 +84,13 @@ func names(list []*snapshot.Record) []string {
 // TestListPages reads pages while snapshots are created and dropped: snapshots that
 // exist throughout are returned once, in order.
 func TestListPages(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		var stays []string
 		for i := range 25 {
 			name := fmt.Sprintf("s%02d", i)
-			w.create(r, col, name)
+			e.create(r, col, name)
 			if i%5 != 0 {
 				stays = append(stays, name)
 			}
@@ -112,7 +112,7 @@ func TestListPages(t *testing.T) {
 				if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: fmt.Sprintf("s%02d", 5*page)}, 0); err != nil {
 					t.Fatal(err)
 				}
-				w.create(r, col, fmt.Sprintf("new%d", page))
+				e.create(r, col, fmt.Sprintf("new%d", page))
 			}
 		}
 		seen = slices.DeleteFunc(seen, func(n string) bool { return !slices.Contains(stays, n) })
@@ -123,12 +123,12 @@ func TestListPages(t *testing.T) {
 }
 
 func TestUnreadableRecordIsIgnored(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.create(r, col, "fine")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.create(r, col, "fine")
 		key := keys.Snapshot(99)
-		w.put(key, []byte{8, 99}) // format 99
+		e.put(key, []byte{8, 99}) // format 99
 		settle()
 		list, _, err := r.List(t.Context(), Filter{}, Place{}, 10)
 		if err != nil || len(list) != 1 {
@@ -137,7 +137,7 @@ func TestUnreadableRecordIsIgnored(t *testing.T) {
 		if n := r.Stats().Unreadable; n != 1 {
 			t.Errorf("%d unreadable records, want 1", n)
 		}
-		if got := w.keysUnder(key); len(got) != 1 {
+		if got := e.keysUnder(key); len(got) != 1 {
 			t.Error("the unreadable record was removed")
 		}
 		_, err = r.Get(t.Context(), Ref{ID: 99})
@@ -148,29 +148,29 @@ func TestUnreadableRecordIsIgnored(t *testing.T) {
 }
 
 func TestCorruptSnapshotIsReported(t *testing.T) {
-	for name, harm := range map[string]func(w *testEnv, key string){
-		"missing": func(w *testEnv, key string) { _ = w.objects.Delete(w.t.Context(), key) },
-		"altered": func(w *testEnv, key string) {
-			info, _ := w.objects.Head(w.t.Context(), key)
-			_, _ = w.objects.Put(w.t.Context(), key, make([]byte, info.Size))
+	for name, harm := range map[string]func(e *env, key string){
+		"missing": func(e *env, key string) { _ = e.objects.Delete(e.t.Context(), key) },
+		"altered": func(e *env, key string) {
+			info, _ := e.objects.Head(e.t.Context(), key)
+			_, _ = e.objects.Put(e.t.Context(), key, make([]byte, info.Size))
 		},
-		"truncated": func(w *testEnv, key string) { _, _ = w.objects.Put(w.t.Context(), key, []byte("{}")) },
-		"longer":    func(w *testEnv, key string) { _, _ = w.objects.Put(w.t.Context(), key, make([]byte, 1<<20)) },
+		"truncated": func(e *env, key string) { _, _ = e.objects.Put(e.t.Context(), key, []byte("{}")) },
+		"longer":    func(e *env, key string) { _, _ = e.objects.Put(e.t.Context(), key, make([]byte, 1<<20)) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a")
-				col, _, _ := w.collection(r, "c")
-				w.add(r, col, w.segment(r, col, 0, 1, 2))
-				w.checkpoint(r, col, 10, 10)
-				s := w.create(r, col, "x")
-				keys := w.objectsUnder("snapshots/")
-				harm(w, keys[0]) // manifest-0.avro
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a")
+				col, _, _ := e.collection(r, "c")
+				e.add(r, col, e.segment(r, col, 0, 1, 2))
+				e.checkpoint(r, col, 10, 10)
+				s := e.create(r, col, "x")
+				keys := e.objectsUnder("snapshots/")
+				harm(e, keys[0]) // manifest-0.avro
 				err := r.Segments(t.Context(), Ref{ID: s.ID}, 0, func(*snapshot.Segment) bool { return true })
 				wantError(t, err, snapshot.ErrCorrupt)
-				s = w.create(r, col, "y")
-				keys = w.objectsUnder(fmt.Sprintf("snapshots/%d/%d/", col.ID, s.ID))
-				harm(w, keys[1]) // metadata.json
+				s = e.create(r, col, "y")
+				keys = e.objectsUnder(fmt.Sprintf("snapshots/%d/%d/", col.ID, s.ID))
+				harm(e, keys[1]) // metadata.json
 				_, err = r.Describe(t.Context(), Ref{ID: s.ID})
 				wantError(t, err, snapshot.ErrCorrupt)
 			})
@@ -179,10 +179,10 @@ func TestCorruptSnapshotIsReported(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		other, _, _ := w.collection(a, "other")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		other, _, _ := e.collection(a, "other")
 		type reported struct {
 			typ   ChangeType
 			what  string
@@ -222,8 +222,8 @@ func TestEvents(t *testing.T) {
 			t.Errorf("the first message has events: %v", first)
 		}
 		start := <-revisions
-		w.create(a, other, "elsewhere")
-		w.create(a, col, "x")
+		e.create(a, other, "elsewhere")
+		e.create(a, col, "x")
 		if _, err := a.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -258,9 +258,9 @@ func TestEvents(t *testing.T) {
 		}
 		stop()
 		settle()
-		_, _, now, err := w.kv.Get(t.Context(), "/none")
+		_, _, now, err := e.kv.Get(t.Context(), "/none")
 		if err == nil {
-			err = w.memory.Compact(t.Context(), now)
+			err = e.memory.Compact(t.Context(), now)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -271,8 +271,8 @@ func TestEvents(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- a.Watch(t.Context(), 0, 0, func([]Event, int64) error { return nil }) }()
 		settle()
-		w.memory.Overtake(true)
-		w.collection(a, "another")
+		e.memory.Overtake(true)
+		e.collection(a, "another")
 		wantError(t, <-ended, ErrEventsCompacted)
 	})
 }

@@ -24,10 +24,10 @@ var callers = flag.Int("callers", 200, "calls at once in TestConcurrentCallsDoNo
 // things, on two replicas. None fails.
 func TestConcurrentCallsDoNotConflict(t *testing.T) {
 	n := *callers
-	w := inReality(t, etcdtest.Shared(t).KV(t))
-	rs := []*testReplica{w.start("a"), w.start("b")}
-	col := w.richCollection(rs[0], "c", 2)
-	s := w.create(rs[0], col, "source")
+	e := inReality(t, etcdtest.Shared(t).KV(t))
+	rs := []*testReplica{e.start("a"), e.start("b")}
+	col := e.richCollection(rs[0], "c", 2)
+	s := e.create(rs[0], col, "source")
 	first, err := rs[0].catalog.AllocateIDs(t.Context(), noToken, int64(n))
 	if err != nil {
 		t.Fatal(err)

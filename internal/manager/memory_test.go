@@ -45,20 +45,20 @@ func (f *inFlight) add(n int64) {
 func TestLargeSegmentsShareTheMemory(t *testing.T) {
 	const segments, weight, creates, bound = 100, 16 << 10, 64, 8 << 20
 	for _, light := range []int{0, 1} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			r := w.start("a", func(o *testOptions) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
-			col, _, _ := w.collection(r, "c")
+		inEnv(t, func(t *testing.T, e *env) {
+			r := e.start("a", func(o *testOptions) { o.CreateMemory, o.CreateTimeout = bound, 24*time.Hour })
+			col, _, _ := e.collection(r, "c")
 			for i := range segments {
-				s := w.segment(r, col, 0, 1, 2)
+				s := e.segment(r, col, 0, 1, 2)
 				if i >= light {
 					s.EngineData = make([]byte, weight)
 					if _, err := crand.Read(s.EngineData); err != nil {
 						t.Fatal(err)
 					}
 				}
-				w.add(r, col, s)
+				e.add(r, col, s)
 			}
-			w.checkpoint(r, col, 10, 10)
+			e.checkpoint(r, col, 10, 10)
 			r.store.SetLatency(20 * time.Second)
 			held := &inFlight{Store: r.store}
 			r.Manager.store = held
@@ -80,7 +80,7 @@ func TestLargeSegmentsShareTheMemory(t *testing.T) {
 				t.Error("not all memory was returned")
 			}
 			r.store.SetLatency(0)
-			if n := len(w.check(r)); n != creates {
+			if n := len(e.check(r)); n != creates {
 				t.Errorf("%d snapshots, want %d", n, creates)
 			}
 		})
@@ -152,21 +152,21 @@ func TestMemoryIsBoundedAndReturned(t *testing.T) {
 // TestLargeSegmentsAreDecodedInTurn lets a create of a segment with many files wait for
 // decoding memory longer than its lease; a create of a small segment continues.
 func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		light, _, _ := w.collection(r, "light")
-		w.add(r, light, w.segment(r, light, 0, 1, 2))
-		w.checkpoint(r, light, 10, 10)
-		heavy, _, _ := w.collection(r, "heavy")
-		s := w.segment(r, heavy, 0, 1, 2)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		light, _, _ := e.collection(r, "light")
+		e.add(r, light, e.segment(r, light, 0, 1, 2))
+		e.checkpoint(r, light, 10, 10)
+		heavy, _, _ := e.collection(r, "heavy")
+		s := e.segment(r, heavy, 0, 1, 2)
 		for i := range 4000 {
 			f := s.Files[0]
 			f.LogID = int64(i + 2)
 			f.Path = catalog.NativePath(heavy.ID, &s, &f)
 			s.Files = append(s.Files, f)
 		}
-		w.add(r, heavy, s)
-		w.checkpoint(r, heavy, 10, 10)
+		e.add(r, heavy, s)
+		e.checkpoint(r, heavy, 10, 10)
 		if !r.memory.decoding.TryAcquire(r.memory.decodeSize) {
 			t.Fatal("no memory")
 		}
@@ -175,7 +175,7 @@ func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
 			_, err := r.Create(t.Context(), request.Token{}, spec(heavy, "h"))
 			created <- err
 		}()
-		w.create(r, light, "l")
+		e.create(r, light, "l")
 		time.Sleep(3 * r.o.LeaseTTL)
 		settle()
 		if len(created) != 0 {
@@ -188,7 +188,7 @@ func TestLargeSegmentsAreDecodedInTurn(t *testing.T) {
 		if !r.memory.decoding.TryAcquire(r.memory.decodeSize) {
 			t.Error("not all memory was returned")
 		}
-		w.check(r)
+		e.check(r)
 	})
 }
 
@@ -241,15 +241,15 @@ func TestDecodingIsBounded(t *testing.T) {
 // TestMemoryWaitEndsWithTheCaller checks that a create that waits for memory ends with
 // its caller's deadline, and with its lease.
 func TestMemoryWaitEndsWithTheCaller(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.CreateMemory = 1 << 20 })
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.CreateMemory = 1 << 20 })
+		col, _, _ := e.collection(r, "c")
 		for i := range 4 {
-			s := w.segment(r, col, 0, 1, 2)
+			s := e.segment(r, col, 0, 1, 2)
 			s.EngineData = make([]byte, min(i, 1)*16<<10)
-			w.add(r, col, s)
+			e.add(r, col, s)
 		}
-		w.checkpoint(r, col, 10, 10)
+		e.checkpoint(r, col, 10, 10)
 		if !r.memory.budget.TryAcquire(1<<20 - 10<<10) {
 			t.Fatal("no memory")
 		}
@@ -266,21 +266,21 @@ func TestMemoryWaitEndsWithTheCaller(t *testing.T) {
 			done <- err
 		}()
 		time.Sleep(3 * time.Minute)
-		pending := w.keysUnder(pendingKeys)
+		pending := e.keysUnder(pendingKeys)
 		if len(pending) != 1 {
 			t.Fatalf("pending: %v", pending)
 		}
-		kv, _, _, err := w.kv.Get(t.Context(), pending[0])
+		kv, _, _, err := e.kv.Get(t.Context(), pending[0])
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := w.kv.Revoke(t.Context(), kv.Lease); err != nil {
+		if err := e.kv.Revoke(t.Context(), kv.Lease); err != nil {
 			t.Fatal(err)
 		}
 		wantError(t, <-done, ErrCreateAborted)
 		r.memory.overdraft <- struct{}{}
-		w.create(r, col, "z")
+		e.create(r, col, "z")
 		settle()
-		w.check(r)
+		e.check(r)
 	})
 }

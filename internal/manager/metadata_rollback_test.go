@@ -34,11 +34,11 @@ func withEpoch(o *testOptions) {
 }
 
 // goBack replaces the metadata store by one restored from a backup.
-func (w *testEnv) goBack(backup []meta.KeyValue, revision int64) {
-	w.t.Helper()
-	kv := metamemory.New(metamemory.Options{Now: w.now})
-	metatest.Restore(w.t, kv, backup, revision)
-	w.kv, w.memory = kv, kv
+func (e *env) goBack(backup []meta.KeyValue, revision int64) {
+	e.t.Helper()
+	kv := metamemory.New(metamemory.Options{Now: e.now})
+	metatest.Restore(e.t, kv, backup, revision)
+	e.kv, e.memory = kv, kv
 }
 
 // TestLeaderAfterMetadataRollback checks that after a metadata rollback no id is
@@ -46,14 +46,14 @@ func (w *testEnv) goBack(backup []meta.KeyValue, revision int64) {
 func TestLeaderAfterMetadataRollback(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
+			inEnv(t, func(t *testing.T, e *env) {
 				ctx := t.Context()
-				r := w.start("before", withEpoch)
-				col, _, _ := w.collection(r, "c")
-				one, two := w.segment(r, col, 0, 10, 19), w.segment(r, col, 0, 20, 29)
-				w.addWritten(r, col, one, two)
-				w.checkpoint(r, col, 100, 100)
-				asks := w.dropSegments(r, col, two.ID) // no snapshot holds it
+				r := e.start("before", withEpoch)
+				col, _, _ := e.collection(r, "c")
+				one, two := e.segment(r, col, 0, 10, 19), e.segment(r, col, 0, 20, 29)
+				e.addWritten(r, col, one, two)
+				e.checkpoint(r, col, 100, 100)
+				asks := e.dropSegments(r, col, two.ID) // no snapshot holds it
 				expiring := spec(col, "expiring")
 				expiring.TTL = time.Hour
 				s, err := r.Create(ctx, request.Token{}, expiring)
@@ -61,18 +61,18 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 					t.Fatal(err)
 				}
 				settle()
-				backup := metatest.Backup(t, w.kv)
+				backup := metatest.Backup(t, e.kv)
 				// The store continues and is lost, with all writes since the backup.
 				time.Sleep(2 * time.Minute)
-				late := w.create(r, col, "late")
+				late := e.create(r, col, "late")
 				last, err := r.catalog.AllocateIDs(ctx, request.Token{}, 1000)
 				if err != nil {
 					t.Fatal(err)
 				}
 				r.stop()
 
-				w.goBack(backup, revision)
-				r = w.start("after", withEpoch)
+				e.goBack(backup, revision)
+				r = e.start("after", withEpoch)
 				time.Sleep(2 * time.Hour)
 				settle()
 				if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != snapshot.Committed {
@@ -98,7 +98,7 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 					t.Errorf("check: %v, %v", a, err)
 				}
 				settle()
-				if n := len(w.objectsUnder("snapshots/")); n == 0 {
+				if n := len(e.objectsUnder("snapshots/")); n == 0 {
 					t.Error("objects of a snapshot are deleted")
 				}
 
@@ -114,11 +114,11 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 				if _, err := r.Get(ctx, Ref{ID: s.ID}); !errors.Is(err, snapshot.ErrExpiredOrDropped) {
 					t.Errorf("the leader does not go on: %v", err)
 				}
-				w.granted(w.reclaim(r, col, gc.BySnapshotd, asks...))
-				if id := w.newID(r); id < next {
+				e.granted(e.reclaim(r, col, gc.BySnapshotd, asks...))
+				if id := e.newID(r); id < next {
 					t.Errorf("id %d, want %d or more", id, next)
 				}
-				w.create(r, col, "new")
+				e.create(r, col, "new")
 			})
 		})
 	}
@@ -127,12 +127,12 @@ func TestLeaderAfterMetadataRollback(t *testing.T) {
 // TestLeaderStopsOnRollback checks that a working leader stops when a rollback is
 // detected.
 func TestLeaderStopsOnRollback(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		ctx := t.Context()
-		r := w.start("a", withEpoch)
-		col, _, _ := w.collection(r, "c")
-		w.addWritten(r, col, w.segment(r, col, 0, 10, 19))
-		w.checkpoint(r, col, 100, 100)
+		r := e.start("a", withEpoch)
+		col, _, _ := e.collection(r, "c")
+		e.addWritten(r, col, e.segment(r, col, 0, 10, 19))
+		e.checkpoint(r, col, 100, 100)
 		short := spec(col, "short")
 		short.TTL = time.Hour
 		s, err := r.Create(ctx, request.Token{}, short)
@@ -140,7 +140,7 @@ func TestLeaderStopsOnRollback(t *testing.T) {
 			t.Fatal(err)
 		}
 		settle()
-		w.plantBeat(ctx, r, 1000, 9_000_000)
+		e.plantBeat(ctx, r, 1000, 9_000_000)
 		time.Sleep(2 * time.Hour)
 		settle()
 		if got, err := r.Get(ctx, Ref{ID: s.ID}); err != nil || got.State != snapshot.Committed {
@@ -176,39 +176,39 @@ func (h *grantHook) Txn(ctx context.Context, txn meta.Txn) (meta.TxnResult, erro
 // TestGrantComparesRollback detects a rollback between the read of the references and
 // the grant.
 func TestGrantComparesRollback(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		ctx := t.Context()
 		hook := &grantHook{}
-		r := w.start("a", func(o *testOptions) { hook.KV, o.KV = o.KV, hook }, withEpoch)
-		col, _, _ := w.collection(r, "c")
-		one := w.segment(r, col, 0, 10, 19)
-		w.addWritten(r, col, one)
-		asks := w.dropSegments(r, col, one.ID)
+		r := e.start("a", func(o *testOptions) { hook.KV, o.KV = o.KV, hook }, withEpoch)
+		col, _, _ := e.collection(r, "c")
+		one := e.segment(r, col, 0, 10, 19)
+		e.addWritten(r, col, one)
+		asks := e.dropSegments(r, col, one.ID)
 		settle()
 		found := false
 		hook.do = func() {
 			found = true
-			w.plantBeat(ctx, r, 1000, 9_000_000)
+			e.plantBeat(ctx, r, 1000, 9_000_000)
 			wantError(t, r.o.Epoch.Check(ctx), epoch.ErrRolledBack)
 		}
 		_, err := r.GC.Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, gc.BySnapshotd, "tester")
 		if wantError(t, err, epoch.ErrRolledBack); !found {
 			t.Error("there was no grant")
 		}
-		if tombs := w.keysUnder(keys.AllTombstonesPrefix); len(tombs) > 0 {
+		if tombs := e.keysUnder(keys.AllTombstonesPrefix); len(tombs) > 0 {
 			t.Errorf("granted: %v", tombs)
 		}
 	})
 }
 
 // plantBeat writes a heartbeat of a metadata store that is ahead.
-func (w *testEnv) plantBeat(ctx context.Context, r *testReplica, beat, ceiling int64) {
-	w.t.Helper()
+func (e *env) plantBeat(ctx context.Context, r *testReplica, beat, ceiling int64) {
+	e.t.Helper()
 	note := fmt.Sprintf(`{"format_version":1,"cluster_id":%q,"beat":"%d","nonce":"x","revision":"1",`+
 		`"ceiling":"%d","time":"2026-01-02T03:04:05Z"}`,
 		r.o.Cluster.ID, beat, ceiling)
 	note = fmt.Sprintf(`%s,"sha256":"%x"}`, strings.TrimSuffix(note, "}"), sha256.Sum256([]byte(note)))
-	if _, err := w.objects.Put(ctx, epoch.Prefix+keys.ID(beat)+".json", []byte(note)); err != nil {
-		w.t.Fatal(err)
+	if _, err := e.objects.Put(ctx, epoch.Prefix+keys.ID(beat)+".json", []byte(note)); err != nil {
+		e.t.Fatal(err)
 	}
 }

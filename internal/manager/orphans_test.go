@@ -24,19 +24,19 @@ import (
 	storagev1 "github.com/snapshotd/snapshotd/internal/store/storagepb/snapshotd/storage/v1"
 )
 
-func (w *testEnv) write(list ...string) {
-	w.t.Helper()
+func (e *env) write(list ...string) {
+	e.t.Helper()
 	for _, key := range list {
-		if _, err := w.objects.Put(w.t.Context(), key, []byte("12345")); err != nil {
-			w.t.Fatal(err)
+		if _, err := e.objects.Put(e.t.Context(), key, []byte("12345")); err != nil {
+			e.t.Fatal(err)
 		}
 	}
 }
 
 // collectionAt makes a collection with one channel and a root.
-func (w *testEnv) collectionAt(r *testReplica, name, prefix string) catalog.Collection {
-	w.t.Helper()
-	col, err := r.catalog.CreateCollection(w.t.Context(), request.Token{}, catalog.Collection{
+func (e *env) collectionAt(r *testReplica, name, prefix string) catalog.Collection {
+	e.t.Helper()
+	col, err := r.catalog.CreateCollection(e.t.Context(), request.Token{}, catalog.Collection{
 		DB: "default", Name: name, Roots: []catalog.Root{{Store: "default", Prefix: prefix}},
 		Schema: catalog.Schema{
 			Format: "test", Raw: []byte{1},
@@ -44,38 +44,38 @@ func (w *testEnv) collectionAt(r *testReplica, name, prefix string) catalog.Coll
 		},
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return col
 }
 
 // nestedCollection makes a collection with a root that contains other roots, as earlier
 // releases allowed.
-func (w *testEnv) nestedCollection(r *testReplica, name, prefix string) catalog.Collection {
-	w.t.Helper()
-	col := w.collectionAt(r, name, "apart/")
-	kv, _, _, err := w.kv.Get(w.t.Context(), keys.Collection(col.ID))
+func (e *env) nestedCollection(r *testReplica, name, prefix string) catalog.Collection {
+	e.t.Helper()
+	col := e.collectionAt(r, name, "apart/")
+	kv, _, _, err := e.kv.Get(e.t.Context(), keys.Collection(col.ID))
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	rec := &storagev1.Collection{}
 	if err := record.Decode(kv, rec); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	rec.Roots[0].Prefix = prefix
-	if _, err := w.kv.Txn(w.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
-		w.t.Fatal(err)
+	if _, err := e.kv.Txn(e.t.Context(), meta.Txn{Then: []meta.Op{meta.Put(kv.Key, record.Encode(rec))}}); err != nil {
+		e.t.Fatal(err)
 	}
-	if col, err = r.catalog.Collection(w.t.Context(), catalog.Ref{ID: col.ID}); err != nil {
-		w.t.Fatal(err)
+	if col, err = r.catalog.Collection(e.t.Context(), catalog.Ref{ID: col.ID}); err != nil {
+		e.t.Fatal(err)
 	}
 	return col
 }
 
 // orphans returns the reasons of a collection's orphans by key, with a mark for
 // deletable ones.
-func (w *testEnv) orphans(r *testReplica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
-	w.t.Helper()
+func (e *env) orphans(r *testReplica, col catalog.Collection, o collect.OrphanOptions) map[string]string {
+	e.t.Helper()
 	reasons := map[string]string{}
 	o.Collection = catalog.Ref{ID: col.ID}
 	o.Report = func(o collect.Orphan) error {
@@ -84,13 +84,13 @@ func (w *testEnv) orphans(r *testReplica, col catalog.Collection, o collect.Orph
 			mark = "! "
 		}
 		if _, twice := reasons[o.Key]; twice || o.Collection != col.ID || o.Store != "default" || o.Size != 5 {
-			w.t.Errorf("got %+v", o)
+			e.t.Errorf("got %+v", o)
 		}
 		reasons[o.Key] = mark + o.Reason
 		return nil
 	}
-	if err := r.Collector.Orphans(w.t.Context(), o); err != nil {
-		w.t.Fatal(err)
+	if err := r.Collector.Orphans(e.t.Context(), o); err != nil {
+		e.t.Fatal(err)
 	}
 	return reasons
 }
@@ -98,30 +98,30 @@ func (w *testEnv) orphans(r *testReplica, col catalog.Collection, o collect.Orph
 // TestOrphans checks that orphans are distinguished from owned objects, and that only
 // orphans are deleted.
 func TestOrphans(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, part, _ := w.collection(r, "c") // under data/
-		other := w.collectionAt(r, "other", "data/")
-		above := w.nestedCollection(r, "above", "")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, part, _ := e.collection(r, "c") // under data/
+		other := e.collectionAt(r, "other", "data/")
+		above := e.nestedCollection(r, "above", "")
 
-		live, dropped, granted, held := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
-			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
-		gone := w.newID(r)
+		live, dropped, granted, held := e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1,
+			5), e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1, 5)
+		gone := e.newID(r)
 		// Files at places that no record refers to.
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5},
 			segment.File{Kind: segment.KindStats, Path: fmt.Sprintf("stats/%d/0/0/1", col.ID), Size: 5})
-		w.addWritten(r, col, live, dropped, granted, held)
-		theirs := segment.Segment{ID: w.newID(r), State: segment.Flushed, Level: 1, Rows: 1, Files: []segment.File{
-			{Kind: segment.KindInsert, Path: fmt.Sprintf("data/%d/0/%d/insert/0/1", col.ID, w.newID(r)), Size: 5},
+		e.addWritten(r, col, live, dropped, granted, held)
+		theirs := segment.Segment{ID: e.newID(r), State: segment.Flushed, Level: 1, Rows: 1, Files: []segment.File{
+			{Kind: segment.KindInsert, Path: fmt.Sprintf("data/%d/0/%d/insert/0/1", col.ID, e.newID(r)), Size: 5},
 		}}
-		w.write(theirs.Files[0].Path)
-		w.add(r, above, theirs)
-		w.checkpoint(r, col, 100, 100)
-		w.create(r, col, "holder")
-		w.dropSegments(r, col, dropped.ID, held.ID)
-		young, fresh := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
-		w.addWritten(r, col, young, fresh)
-		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, young.ID)...))
+		e.write(theirs.Files[0].Path)
+		e.add(r, above, theirs)
+		e.checkpoint(r, col, 100, 100)
+		e.create(r, col, "holder")
+		e.dropSegments(r, col, dropped.ID, held.ID)
+		young, fresh := e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1, 5)
+		e.addWritten(r, col, young, fresh)
+		e.granted(e.reclaim(r, col, gc.ByCaller, e.dropSegments(r, col, young.ID)...))
 
 		path := func(id int64) string { return fmt.Sprintf("data/%d/%d/%d/insert/100/1", col.ID, part.ID, id) }
 		leftover := []string{path(gone), fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, gone, gone)}
@@ -135,9 +135,9 @@ func TestOrphans(t *testing.T) {
 			fmt.Sprintf("data/%d/1099511627776/%d/insert/100/1", col.ID,
 				gone): fmt.Sprintf("its id %d was never allocated: not deleted", int64(1)<<40),
 		}
-		w.write(leftover...)
+		e.write(leftover...)
 		for key := range left {
-			w.write(key)
+			e.write(key)
 		}
 		reason := fmt.Sprintf("! no segment, unit or snapshot has it; segment %d does not exist", gone)
 		want := map[string]string{
@@ -145,39 +145,39 @@ func TestOrphans(t *testing.T) {
 			leftover[1]: reason + "; younger than orphan_grace, which is 24h0m0s",
 		}
 		maps.Copy(want, left)
-		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{})); diff != "" {
+		if diff := cmp.Diff(want, e.orphans(r, col, collect.OrphanOptions{})); diff != "" {
 			t.Errorf("young (-want +got):\n%s", diff)
 		}
 		time.Sleep(2 * time.Hour)
-		before := w.objectsUnder("")
-		if got := w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: 3 * time.Hour}); len(got) > 0 {
+		before := e.objectsUnder("")
+		if got := e.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: 3 * time.Hour}); len(got) > 0 {
 			t.Errorf("deleted %v", got)
 		}
-		if got := w.orphans(r, above, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+		if got := e.orphans(r, above, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
 			t.Errorf("deleted %v", got)
 		}
 		for _, o := range []collect.OrphanOptions{{LostBelow: gone + 1}} {
 			o.Delete, o.Grace = true, time.Hour
-			if got := w.orphans(r, col, o); len(got) > 0 {
+			if got := e.orphans(r, col, o); len(got) > 0 {
 				t.Errorf("deleted %v below the floor", got)
 			}
 		}
-		if diff := cmp.Diff(before, w.objectsUnder("")); diff != "" {
+		if diff := cmp.Diff(before, e.objectsUnder("")); diff != "" {
 			t.Fatalf("(-want +got):\n%s", diff)
 		}
 		want = map[string]string{leftover[0]: reason, leftover[1]: reason}
-		if diff := cmp.Diff(want, w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+		if diff := cmp.Diff(want, e.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
 			t.Errorf("deleted (-want +got):\n%s", diff)
 		}
 		// The other collection under the same root has its own files.
 		theirLeftover := fmt.Sprintf("data/%d/0/%d/index/1", other.ID, gone)
 		want = map[string]string{theirLeftover: reason}
-		if diff := cmp.Diff(want, w.orphans(r, other, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
+		if diff := cmp.Diff(want, e.orphans(r, other, collect.OrphanOptions{Delete: true, Grace: time.Hour})); diff != "" {
 			t.Errorf("deleted of the other (-want +got):\n%s", diff)
 		}
 		leftover = append(leftover, theirLeftover)
 		rest := slices.DeleteFunc(before, func(key string) bool { return slices.Contains(leftover, key) })
-		if diff := cmp.Diff(rest, w.objectsUnder("")); diff != "" {
+		if diff := cmp.Diff(rest, e.objectsUnder("")); diff != "" {
 			t.Errorf("left (-want +got):\n%s", diff)
 		}
 	})
@@ -186,32 +186,32 @@ func TestOrphans(t *testing.T) {
 // TestOrphansOfRestores checks that objects of a running restore are no orphans, and
 // those of an ended one are.
 func TestOrphansOfRestores(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.Slots = -1 }) // so that it never ends
-		col := w.richCollection(r, "c", 12)
-		s := w.create(r, col, "one")
-		job := w.restore(r, restoreSpecOf(s))
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.Slots = -1 }) // so that it never ends
+		col := e.richCollection(r, "c", 12)
+		s := e.create(r, col, "one")
+		job := e.restore(r, restoreSpecOf(s))
 		time.Sleep(time.Second)
 		late := fmt.Sprintf("data/%d/%d/%d/insert/100/1", job.Target, job.FirstPartition, job.FirstSegment)
-		index := fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, w.newID(r), job.FirstBuild)
-		w.write(late, index)
+		index := fmt.Sprintf("data/%d/0/%d/index/%d/100-1", col.ID, e.newID(r), job.FirstBuild)
+		e.write(late, index)
 		time.Sleep(2 * time.Hour)
 		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
 		if err != nil || target.State != catalog.Restoring {
 			t.Fatalf("%+v, err = %v", target, err)
 		}
 		for _, c := range []catalog.Collection{target, col} {
-			if got := w.orphans(r, c, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
+			if got := e.orphans(r, c, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) > 0 {
 				t.Errorf("deleted %v", got)
 			}
 		}
-		if got := w.orphans(r, col, collect.OrphanOptions{}); len(got) > 0 {
+		if got := e.orphans(r, col, collect.OrphanOptions{}); len(got) > 0 {
 			t.Errorf("got %v", got)
 		}
-		e, err := r.Collector.Explain(t.Context(), "default", index)
+		why, err := r.Collector.Explain(t.Context(), "default", index)
 		if want := fmt.Sprintf("restore job %d may be writing it: it stays until the job ends", job.ID); err != nil ||
-			!e.Kept || e.Reason != want {
-			t.Errorf("%+v, want %q, err = %v", e, want, err)
+			!why.Kept || why.Reason != want {
+			t.Errorf("%+v, want %q, err = %v", why, want, err)
 		}
 	})
 }
@@ -219,18 +219,18 @@ func TestOrphansOfRestores(t *testing.T) {
 // TestOrphansNeedReferences checks that orphans are not listed while references or a
 // collection's record are unreadable.
 func TestOrphansNeedReferences(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.checkpoint(r, col, 100, 100)
-		s := w.create(r, col, "one")
-		key := fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, w.newID(r))
-		w.write(key)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.checkpoint(r, col, 100, 100)
+		s := e.create(r, col, "one")
+		key := fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, e.newID(r))
+		e.write(key)
 		time.Sleep(48 * time.Hour)
-		if err := w.objects.Delete(t.Context(), manifest.RefsKey(col.ID, s.ID)); err != nil {
+		if err := e.objects.Delete(t.Context(), manifest.RefsKey(col.ID, s.ID)); err != nil {
 			t.Fatal(err)
 		}
-		r = w.forget(r, "c")
+		r = e.forget(r, "c")
 		o := collect.OrphanOptions{Collection: catalog.Ref{ID: col.ID}, Delete: true, Grace: time.Hour}
 		if err := r.Collector.Orphans(t.Context(), o); !errors.Is(err, gc.ErrUnreadable) && !errors.Is(err, gc.ErrLoading) {
 			t.Errorf("got %v", err)
@@ -239,22 +239,22 @@ func TestOrphansNeedReferences(t *testing.T) {
 			!strings.Contains(e.Reason, "its holders are unknown") {
 			t.Errorf("%+v, err = %v", e, err)
 		}
-		w.dropSnapshot(r, s)
+		e.dropSnapshot(r, s)
 		time.Sleep(time.Hour)
-		bad := keys.Collection(w.newID(r))
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(bad, []byte("garbage"))}}); err != nil {
+		bad := keys.Collection(e.newID(r))
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(bad, []byte("garbage"))}}); err != nil {
 			t.Fatal(err)
 		}
 		if err := r.Collector.Orphans(t.Context(), o); !errors.Is(err, record.ErrUnreadable) {
 			t.Errorf("got %v", err)
 		}
-		if len(w.objectsUnder(key[:strings.LastIndexByte(key, '/')+1])) != 1 {
+		if len(e.objectsUnder(key[:strings.LastIndexByte(key, '/')+1])) != 1 {
 			t.Fatal("it is deleted")
 		}
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(bad)}}); err != nil {
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Delete(bad)}}); err != nil {
 			t.Fatal(err)
 		}
-		if got := w.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) != 1 {
+		if got := e.orphans(r, col, collect.OrphanOptions{Delete: true, Grace: time.Hour}); len(got) != 1 {
 			t.Errorf("deleted %v", got)
 		}
 	})
@@ -262,25 +262,25 @@ func TestOrphansNeedReferences(t *testing.T) {
 
 // TestExplain checks the explanation of each kind of object.
 func TestExplain(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		live, dropped, held, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
-			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		live, dropped, held, granted := e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1,
+			5), e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1, 5)
 		live.Files = append(live.Files, segment.File{Kind: segment.KindStats, Path: "shared/stats", Size: 5})
-		w.addWritten(r, col, live, held)
-		w.checkpoint(r, col, 100, 100)
-		s := w.create(r, col, "one")
-		w.addWritten(r, col, dropped, granted)
-		w.dropSegments(r, col, dropped.ID, held.ID)
-		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, granted.ID)...))
-		orphan := w.newID(r)
+		e.addWritten(r, col, live, held)
+		e.checkpoint(r, col, 100, 100)
+		s := e.create(r, col, "one")
+		e.addWritten(r, col, dropped, granted)
+		e.dropSegments(r, col, dropped.ID, held.ID)
+		e.granted(e.reclaim(r, col, gc.ByCaller, e.dropSegments(r, col, granted.ID)...))
+		orphan := e.newID(r)
 		file := func(s segment.Segment) string { return "data/" + s.Files[0].Path }
 		lost, note := manifest.MetadataKey(col.ID, orphan), "gc/epoch/"+keys.ID(1)+".json"
-		w.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost,
+		e.write(fmt.Sprintf("data/%d/0/%d/insert/100/1", col.ID, orphan), "elsewhere/x", lost,
 			"snapshots/README", "gc/epoch/1.json", note)
 		stray := fmt.Sprintf("data/%d/0/%d/insert/100/99", col.ID, live.ID)
-		w.write(stray)
+		e.write(stray)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "one"}}
 		name := fmt.Sprintf("default/c (%d)", col.ID)
 		drop := time.Now().UTC().Format(time.RFC3339)
@@ -367,23 +367,23 @@ func TestExplain(t *testing.T) {
 // TestExplainWithoutAllReferences checks that an explanation names a snapshot with
 // unreadable references, and does not claim that nothing holds the file.
 func TestExplainWithoutAllReferences(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		live, held, lost, granted := w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1,
-			5), w.segment(r, col, 0, 1, 5), w.segment(r, col, 0, 1, 5)
-		w.addWritten(r, col, live, held)
-		w.checkpoint(r, col, 100, 100)
-		s := w.create(r, col, "readable")
-		w.addWritten(r, col, lost)
-		bad := w.create(r, col, "unreadable")
-		w.addWritten(r, col, granted)
-		w.granted(w.reclaim(r, col, gc.ByCaller, w.dropSegments(r, col, granted.ID)...))
-		w.dropSegments(r, col, held.ID, lost.ID)
-		if err := w.objects.Delete(t.Context(), manifest.RefsKey(col.ID, bad.ID)); err != nil {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		live, held, lost, granted := e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1,
+			5), e.segment(r, col, 0, 1, 5), e.segment(r, col, 0, 1, 5)
+		e.addWritten(r, col, live, held)
+		e.checkpoint(r, col, 100, 100)
+		s := e.create(r, col, "readable")
+		e.addWritten(r, col, lost)
+		bad := e.create(r, col, "unreadable")
+		e.addWritten(r, col, granted)
+		e.granted(e.reclaim(r, col, gc.ByCaller, e.dropSegments(r, col, granted.ID)...))
+		e.dropSegments(r, col, held.ID, lost.ID)
+		if err := e.objects.Delete(t.Context(), manifest.RefsKey(col.ID, bad.ID)); err != nil {
 			t.Fatal(err)
 		}
-		r = w.forget(r, "b")
+		r = e.forget(r, "b")
 		drop := time.Now().UTC().Format(time.RFC3339)
 		holder := []gc.SnapshotHolder{{ID: s.ID, Name: "readable"}}
 		unread := fmt.Sprintf(`; some holders are unknown: references of a snapshot cannot be read: snapshot `+
@@ -428,26 +428,26 @@ func TestExplainWithoutAllReferences(t *testing.T) {
 // TestExplainUncollectedObjects checks that an explanation names the required action
 // where the collector does not delete by itself.
 func TestExplainUncollectedObjects(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			o.Parts.Collector.Tolerance, o.Parts.Collector.MaxShare = time.Minute, 0.5
 		})
 		settle() // so that it leads
-		off := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col, _, _ := w.collection(r, "c")
+		off := e.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col, _, _ := e.collection(r, "c")
 		var list []segment.Segment
 		var ids []int64
 		for range collect.StopUnits {
-			s := w.segment(r, col, 0, 1, 5)
+			s := e.segment(r, col, 0, 1, 5)
 			list, ids = append(list, s), append(ids, s.ID)
 		}
-		w.addWritten(r, col, list...)
+		e.addWritten(r, col, list...)
 		for part := range slices.Chunk(ids, catalog.MaxSegmentChange) {
-			w.dropSegments(r, col, part...)
+			e.dropSegments(r, col, part...)
 		}
 		key := "data/" + list[0].Files[0].Path
-		dead := manifest.MetadataKey(col.ID, w.newID(r))
-		w.write(dead)
+		dead := manifest.MetadataKey(col.ID, e.newID(r))
+		e.write(dead)
 		time.Sleep(5 * time.Minute)
 		settle()
 		for _, tc := range []struct {
@@ -470,36 +470,36 @@ func TestExplainUncollectedObjects(t *testing.T) {
 // TestLeaderSweeps checks that the leader sweeps late writes by itself, and keeps a
 // foreign file beside a snapshot.
 func TestLeaderSweeps(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			o.Parts.Collector.OrphanGrace, o.Parts.Collector.SweepInterval = 2*time.Hour, 30*time.Minute
 		})
-		col, _, _ := w.collection(r, "c")
-		w.checkpoint(r, col, 100, 100)
-		kept, s := w.create(r, col, "kept"), w.create(r, col, "one")
+		col, _, _ := e.collection(r, "c")
+		e.checkpoint(r, col, 100, 100)
+		kept, s := e.create(r, col, "kept"), e.create(r, col, "one")
 		dir := manifest.Dir(col.ID, s.ID)
-		w.write(dir + "README")
-		w.dropSnapshot(r, s)
+		e.write(dir + "README")
+		e.dropSnapshot(r, s)
 		settle()
-		if diff := cmp.Diff([]string{dir + "README"}, w.objectsUnder(dir)); diff != "" {
+		if diff := cmp.Diff([]string{dir + "README"}, e.objectsUnder(dir)); diff != "" {
 			t.Errorf("dropped (-want +got):\n%s", diff)
 		}
-		if got := w.keysUnder(keys.SnapshotPrefix); !slices.Equal(got, []string{keys.Snapshot(kept.ID)}) {
+		if got := e.keysUnder(keys.SnapshotPrefix); !slices.Equal(got, []string{keys.Snapshot(kept.ID)}) {
 			t.Errorf("records %v", got)
 		}
 		if n, _ := r.GC.Counters().Of(gc.BySnapshot); n == 0 {
 			t.Error("nothing is counted")
 		}
-		w.write(dir+"manifest-0.avro", dir+"metadata.json") // written late by a frozen creator
+		e.write(dir+"manifest-0.avro", dir+"metadata.json") // written late by a frozen creator
 		time.Sleep(2 * time.Minute)
 		if st := r.Collector.SweepStats(); st.End.IsZero() || st.Error != "" || st.Waiting != 2 || st.Foreign != 1 {
 			t.Errorf("the first sweep: %+v", st)
 		}
 		time.Sleep(3 * time.Hour)
-		if diff := cmp.Diff([]string{dir + "README"}, w.objectsUnder(dir)); diff != "" {
+		if diff := cmp.Diff([]string{dir + "README"}, e.objectsUnder(dir)); diff != "" {
 			t.Errorf("swept (-want +got):\n%s", diff)
 		}
-		if n := len(w.objectsUnder(manifest.Dir(col.ID, kept.ID))); n < 2 {
+		if n := len(e.objectsUnder(manifest.Dir(col.ID, kept.ID))); n < 2 {
 			t.Errorf("%d objects of a committed snapshot", n)
 		}
 	})

@@ -34,12 +34,12 @@ func TestEtcdOvertaken(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	w := inReality(t, kv)
-	a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-	col, _, _ := w.collection(a, "c")
-	s := w.segment(a, col, 0, 1, 20)
-	w.add(a, col, s)
-	w.checkpoint(a, col, 100, 100)
+	e := inReality(t, kv)
+	a := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+	col, _, _ := e.collection(a, "c")
+	s := e.segment(a, col, 0, 1, 20)
+	e.add(a, col, s)
+	e.checkpoint(a, col, 100, 100)
 	p.Overtake(7, 12)
 	var group sync.WaitGroup
 	made := make(chan int, 3)
@@ -61,7 +61,7 @@ func TestEtcdOvertaken(t *testing.T) {
 	}
 	all := []*testReplica{a}
 	for i := range 6 { // start while snapshots are made
-		all = append(all, w.start(fmt.Sprint("b", i), func(o *testOptions) { o.Parts.Collector.Off = true }))
+		all = append(all, e.start(fmt.Sprint("b", i), func(o *testOptions) { o.Parts.Collector.Off = true }))
 		for range 5 { // ask for progress
 			if _, _, err := all[i+1].List(t.Context(), Filter{}, Place{}, 1); err != nil {
 				t.Error(err)
@@ -78,7 +78,7 @@ func TestEtcdOvertaken(t *testing.T) {
 	if events, cuts := p.Overtaken(); events == 0 || cuts == 0 {
 		t.Fatalf("%d answers were overtaken, %d streams cut", events, cuts)
 	}
-	asks := w.dropSegments(a, col, s.ID)
+	asks := e.dropSegments(a, col, s.ID)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	for _, r := range all {

@@ -18,17 +18,17 @@ import (
 // TestEtcdPinExpires lets leases of pins expire in real time: a renewed pin stays,
 // another expires and releases its snapshot.
 func TestEtcdPinExpires(t *testing.T) {
-	w := inReality(t, etcdtest.Shared(t).KV(t))
-	r := w.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
-	col, _, _ := w.collection(r, "c")
-	s, kept := w.create(r, col, "x"), w.create(r, col, "kept")
+	e := inReality(t, etcdtest.Shared(t).KV(t))
+	r := e.start("a", func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second })
+	col, _, _ := e.collection(r, "c")
+	s, kept := e.create(r, col, "x"), e.create(r, col, "kept")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	_, _, start, err := w.kv.Get(ctx, keys.Format)
+	_, _, start, err := e.kv.Get(ctx, keys.Format)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, renewed := w.pin(r, s, 2*time.Second), w.pin(r, kept, 2*time.Second)
+	p, renewed := e.pin(r, s, 2*time.Second), e.pin(r, kept, 2*time.Second)
 	if renewed, err = r.RenewPin(ctx, Ref{ID: kept.ID}, renewed.ID, time.Hour); err != nil {
 		t.Fatal(err)
 	}
@@ -57,20 +57,20 @@ func TestEtcdPinExpires(t *testing.T) {
 	wantError(t, err, ErrPinNotFound)
 	_, err = r.Drop(ctx, request.Token{}, Ref{ID: kept.ID}, 0)
 	wantError(t, err, ErrSnapshotPinned)
-	if kv, found := w.pinRecord(renewed); !found || kv.Lease != renewed.lease {
+	if kv, found := e.pinRecord(renewed); !found || kv.Lease != renewed.lease {
 		t.Errorf("the renewed pin: found %v, under lease %x", found, kv.Lease)
 	}
-	w.await("the dropped snapshot is removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 1 })
+	e.await("the dropped snapshot is removed", func() bool { return len(e.keysUnder(keys.SnapshotPrefix)) == 1 })
 }
 
 // TestEtcdPinAndDrop races pins with drops.
 func TestEtcdPinAndDrop(t *testing.T) {
-	w := inReality(t, etcdtest.Shared(t).KV(t))
+	e := inReality(t, etcdtest.Shared(t).KV(t))
 	quick := func(o *testOptions) { o.Parts.LeaderTTL = 2 * time.Second }
-	replicas := []*testReplica{w.start("a", quick), w.start("b", quick)}
-	col, _, _ := w.collection(replicas[0], "c")
+	replicas := []*testReplica{e.start("a", quick), e.start("b", quick)}
+	col, _, _ := e.collection(replicas[0], "c")
 	for range 10 {
-		s := w.create(replicas[0], col, "x")
+		s := e.create(replicas[0], col, "x")
 		var wg sync.WaitGroup
 		pins, drops := make(chan *Pin, 16), make(chan bool, 16)
 		for i := range 16 {
@@ -106,8 +106,8 @@ func TestEtcdPinAndDrop(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+	if left := e.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 		t.Errorf("left %v", left)
 	}
-	w.await("all are removed", func() bool { return len(w.keysUnder(keys.SnapshotPrefix)) == 0 })
+	e.await("all are removed", func() bool { return len(e.keysUnder(keys.SnapshotPrefix)) == 0 })
 }

@@ -26,21 +26,21 @@ func pinToken(value string) request.Token {
 }
 
 // pin pins a snapshot; 0 means no ttl.
-func (w *testEnv) pin(r *testReplica, s *snapshot.Record, ttl time.Duration) *Pin {
-	w.t.Helper()
-	p, err := r.Pin(w.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
+func (e *env) pin(r *testReplica, s *snapshot.Record, ttl time.Duration) *Pin {
+	e.t.Helper()
+	p, err := r.Pin(e.t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "job", Reason: "night", TTL: ttl})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return p
 }
 
 // pinRecord returns the stored record of a pin.
-func (w *testEnv) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
-	w.t.Helper()
-	kv, found, _, err := w.kv.Get(w.t.Context(), keys.Pin(p.Snapshot, p.ID))
+func (e *env) pinRecord(p *Pin) (kv meta.KeyValue, found bool) {
+	e.t.Helper()
+	kv, found, _, err := e.kv.Get(e.t.Context(), keys.Pin(p.Snapshot, p.ID))
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return kv, found
 }
@@ -51,20 +51,20 @@ func samePin(p, q *Pin) bool {
 }
 
 // leased reports whether a lease exists.
-func (w *testEnv) leased(id meta.LeaseID) bool {
-	w.t.Helper()
-	err := w.kv.KeepAlive(w.t.Context(), id)
+func (e *env) leased(id meta.LeaseID) bool {
+	e.t.Helper()
+	err := e.kv.KeepAlive(e.t.Context(), id)
 	if err != nil && !errors.Is(err, meta.ErrLeaseNotFound) {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return err == nil
 }
 
 func TestPinKeepsASnapshot(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		began := time.Now()
 		p, err := r.Pin(t.Context(), request.Token{}, Ref{Name: "x"},
 			PinSpec{Owner: "backup-job", Reason: "nightly export", TTL: 90500 * time.Millisecond})
@@ -75,7 +75,7 @@ func TestPinKeepsASnapshot(t *testing.T) {
 			!p.ExpireTime.Equal(began.Add(p.TTL)) {
 			t.Errorf("got %+v", p)
 		}
-		kv, found := w.pinRecord(p)
+		kv, found := e.pinRecord(p)
 		if stored, err := decodePin(kv); err != nil || !found || !samePin(stored, p) ||
 			stored.lease != p.lease || stored.op != p.op {
 			t.Errorf("stored is %+v, err = %v; want %+v", stored, err, p)
@@ -113,7 +113,7 @@ func TestPinKeepsASnapshot(t *testing.T) {
 		if n := r.Stats().Pins; n != 0 {
 			t.Errorf("%d pins are counted, want none", n)
 		}
-		w.check(r)
+		e.check(r)
 	})
 }
 
@@ -125,16 +125,16 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 		"expired": func(_ *testReplica, p *Pin) error { time.Sleep(time.Until(p.ExpireTime)); return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *testOptions) { o.CleanInterval = time.Hour })
-				col, _, _ := w.collection(r, "c")
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a", func(o *testOptions) { o.CleanInterval = time.Hour })
+				col, _, _ := e.collection(r, "c")
 				sp := spec(col, "x")
 				sp.TTL = time.Hour
 				s, err := r.Create(t.Context(), request.Token{}, sp)
 				if err != nil {
 					t.Fatal(err)
 				}
-				p := w.pin(r, s, 90*time.Minute)
+				p := e.pin(r, s, 90*time.Minute)
 				time.Sleep(65 * time.Minute)
 				settle()
 				before := r.kv.Calls()
@@ -154,7 +154,7 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 				if calls := r.kv.Calls() - before; calls > 540 {
 					t.Errorf("%d calls in ten minutes at rest", calls)
 				}
-				if n := len(w.check(r)); n != 1 {
+				if n := len(e.check(r)); n != 1 {
 					t.Fatalf("%d snapshots while it is pinned, want 1", n)
 				}
 				if err := end(r, p); err != nil {
@@ -162,7 +162,7 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 				}
 				time.Sleep(time.Millisecond)
 				settle()
-				if left := w.check(r); len(left) != 0 {
+				if left := e.check(r); len(left) != 0 {
 					t.Errorf("the pin is gone, and there is %v", left)
 				}
 			})
@@ -171,10 +171,10 @@ func TestPinHoldsUpExpiry(t *testing.T) {
 }
 
 func TestInvalidPins(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		fine := PinSpec{Owner: "o"}
 		pin := func(ref Ref, spec PinSpec) error {
 			_, err := r.Pin(t.Context(), request.Token{}, ref, spec)
@@ -217,36 +217,36 @@ func TestInvalidPins(t *testing.T) {
 		r.store.Thaw()
 		settle()
 		wantError(t, pin(Ref{ID: s.ID}, fine), snapshot.ErrExpiredOrDropped)
-		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+		if left := e.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
-		w.memory.SetFull(true)
+		e.memory.SetFull(true)
 		wantError(t, pin(Ref{ID: pending.ID}, fine), meta.ErrNoSpace)
-		w.memory.SetFull(false)
+		e.memory.SetFull(false)
 	})
 }
 
 func TestPinLimit(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s, other := w.create(r, col, "x"), w.create(r, col, "y")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s, other := e.create(r, col, "x"), e.create(r, col, "y")
 		for range maxPins {
-			w.pin(r, s, 0)
+			e.pin(r, s, 0)
 		}
 		_, err := r.Pin(t.Context(), request.Token{}, Ref{ID: s.ID}, PinSpec{Owner: "o"})
 		wantError(t, err, catalog.ErrLimitExceeded)
-		w.pin(r, other, 0)
+		e.pin(r, other, 0)
 	})
 }
 
 // TestPinToken repeats a pin after its snapshot's name moved to another snapshot, and
 // after the pin was removed.
 func TestPinToken(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		s := w.create(a, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		s := e.create(a, col, "x")
 		pin := func(r *testReplica) *Pin {
 			p, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", Reason: "r", TTL: time.Hour})
 			if err != nil {
@@ -259,7 +259,7 @@ func TestPinToken(t *testing.T) {
 		if again := pin(b); !samePin(first, again) {
 			t.Errorf("got %+v, then %+v", first, again)
 		}
-		if n := len(w.keysUnder(keys.AllPinsPrefix)); n != 1 {
+		if n := len(e.keysUnder(keys.AllPinsPrefix)); n != 1 {
 			t.Errorf("%d pins", n)
 		}
 		if err := b.Unpin(t.Context(), Ref{ID: s.ID}, first.ID); err != nil {
@@ -268,11 +268,11 @@ func TestPinToken(t *testing.T) {
 		if _, err := a.Drop(t.Context(), request.Token{}, Ref{Name: "x"}, 0); err != nil {
 			t.Fatal(err)
 		}
-		w.create(a, col, "x")
+		e.create(a, col, "x")
 		if again := pin(b); !samePin(first, again) {
 			t.Errorf("got %+v, then %+v", first, again)
 		}
-		if n := len(w.keysUnder(keys.AllPinsPrefix)); n != 0 {
+		if n := len(e.keysUnder(keys.AllPinsPrefix)); n != 0 {
 			t.Errorf("%d pins", n)
 		}
 		_, err := a.Pin(t.Context(), request.Token{Principal: "local", Method: "PinSnapshot", Value: "t", Hash: []byte{2}},
@@ -305,13 +305,13 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 		}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				other := w.start("b")
+			inEnv(t, func(t *testing.T, e *env) {
+				other := e.start("b")
 				settle() // so that it leads
-				r := w.start("a")
-				col, _, _ := w.collection(other, "c")
-				w.create(other, col, "x")
-				w.newID(r) // so that the pin's is the first transaction
+				r := e.start("a")
+				col, _, _ := e.collection(other, "c")
+				e.create(other, col, "x")
+				e.newID(r) // so that the pin's is the first transaction
 				settle()
 				other.store.Freeze() // a dropped snapshot stays DELETING
 				var once sync.Once
@@ -324,7 +324,7 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 				p, err := r.Pin(t.Context(), pinToken("t"), Ref{Name: "x"}, PinSpec{Owner: "o", TTL: time.Hour})
 				r.kv.Hook(nil)
 				wantError(t, err, tc.want)
-				left := w.keysUnder(keys.AllPinsPrefix)
+				left := e.keysUnder(keys.AllPinsPrefix)
 				if tc.want == nil && (len(left) != 1 || left[0] != keys.Pin(p.Snapshot, p.ID)) || tc.want != nil && len(left) != 0 {
 					t.Errorf("there are %v, the pin is %+v", left, p)
 				}
@@ -337,13 +337,13 @@ func TestPinRetriesAfterConflict(t *testing.T) {
 // TestFrozenPin freezes a replica between the read of a snapshot and its pin. The
 // snapshot is dropped meanwhile, and the late pin fails.
 func TestFrozenPin(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		other := w.start("b")
+	inEnv(t, func(t *testing.T, e *env) {
+		other := e.start("b")
 		settle() // so that it leads
-		r := w.start("a")
-		col, _, _ := w.collection(other, "c")
-		s := w.create(other, col, "x")
-		w.newID(r)
+		r := e.start("a")
+		col, _, _ := e.collection(other, "c")
+		s := e.create(other, col, "x")
+		e.newID(r)
 		settle()
 		other.store.Freeze() // the dropped snapshot stays DELETING
 		r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -364,7 +364,7 @@ func TestFrozenPin(t *testing.T) {
 		r.kv.Hook(nil)
 		r.kv.Thaw()
 		wantError(t, <-result, snapshot.ErrNotCommitted)
-		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+		if left := e.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
 		other.store.Thaw()
@@ -377,10 +377,10 @@ func TestFrozenPin(t *testing.T) {
 func TestPinAndDropExcludeEachOther(t *testing.T) {
 	var pinned, dropped atomic.Int64
 	for seed := range uint64(60) {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			other := w.start("c")
-			col, _, _ := w.collection(other, "c")
-			s := w.create(other, col, "x")
+		inEnv(t, func(t *testing.T, e *env) {
+			other := e.start("c")
+			col, _, _ := e.collection(other, "c")
+			s := e.create(other, col, "x")
 			settle()
 			rnd := rand.New(rand.NewPCG(seed, 1)) //nolint:gosec // a test that can be repeated
 			var mu sync.Mutex
@@ -389,9 +389,9 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				defer mu.Unlock()
 				return rnd.IntN(n)
 			}
-			replicas := []*testReplica{w.start("a"), w.start("b")}
+			replicas := []*testReplica{e.start("a"), e.start("b")}
 			for _, r := range replicas {
-				w.newID(r)
+				e.newID(r)
 				r.kv.Hook(func(c meta.Call) meta.Fault {
 					switch c.Method {
 					case meta.MethodWatch, meta.MethodNext, meta.MethodProgress:
@@ -456,7 +456,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				t.Fatal(err)
 			}
 			gone := now == nil || now.State == snapshot.Deleting
-			left := w.keysUnder(keys.AllPinsPrefix)
+			left := e.keysUnder(keys.AllPinsPrefix)
 			switch {
 			case drop && !gone:
 				t.Errorf("seed %d: the drop succeeded, and the snapshot exists", seed)
@@ -466,7 +466,7 @@ func TestPinAndDropExcludeEachOther(t *testing.T) {
 				dropped.Add(1)
 			}
 			for _, p := range acknowledged {
-				if _, found := w.pinRecord(p); !found {
+				if _, found := e.pinRecord(p); !found {
 					t.Errorf("seed %d: pin %d was returned, and does not exist", seed, p.ID)
 				}
 				pinned.Add(1)
@@ -494,12 +494,12 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 		}
 		for n := 0; ; n++ {
 			fired := false
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				other := w.start("b")
+			inEnv(t, func(t *testing.T, e *env) {
+				other := e.start("b")
 				settle() // so that it leads
-				r := w.start("a")
-				col, _, _ := w.collection(other, "c")
-				s := w.create(other, col, "x")
+				r := e.start("a")
+				col, _, _ := e.collection(other, "c")
+				s := e.create(other, col, "x")
 				settle()
 				pin := func(r *testReplica) (*Pin, error) {
 					return r.Pin(t.Context(), tok, Ref{Name: "x"}, PinSpec{Owner: "o", TTL: ttl})
@@ -510,7 +510,7 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 				r.kv.Hook(nil)
 				if err != nil {
 					wantError(t, err, meta.ErrUnavailable)
-					left := w.keysUnder(keys.AllPinsPrefix)
+					left := e.keysUnder(keys.AllPinsPrefix)
 					if len(left) > 0 && !tok.IsSet() {
 						t.Errorf("call %d of %d: no pin was returned, but there are %v", n, i, left)
 					}
@@ -519,10 +519,10 @@ func TestPinSurvivesEachFailedCall(t *testing.T) {
 				if err != nil {
 					t.Fatalf("call %d of %d: %v", n, i, err)
 				}
-				if left := w.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(s.ID, p.ID)}) {
+				if left := e.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(s.ID, p.ID)}) {
 					t.Errorf("call %d of %d: there are %v, returned %+v", n, i, left, p)
 				}
-				if kv, _ := w.pinRecord(p); (kv.Lease != 0) != (ttl > 0) {
+				if kv, _ := e.pinRecord(p); (kv.Lease != 0) != (ttl > 0) {
 					t.Errorf("call %d of %d: under lease %d", n, i, kv.Lease)
 				}
 			})
@@ -567,11 +567,11 @@ func (l *late) land(ctx context.Context) (meta.TxnResult, error) { return l.KV.T
 // TestLatePin applies a pin after its call returned without an answer. Without a token
 // it must not take effect; with one, it exists when a repeat returns it.
 func TestLatePin(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		l := &late{}
-		r := w.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+		r := e.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		pin := func(tok request.Token) (*Pin, error) {
 			return r.Pin(t.Context(), tok, Ref{ID: s.ID}, PinSpec{Owner: "o", TTL: time.Hour})
 		}
@@ -580,7 +580,7 @@ func TestLatePin(t *testing.T) {
 		wantError(t, err, meta.ErrUnavailable)
 		_, err = l.land(t.Context())
 		wantError(t, err, meta.ErrLeaseNotFound)
-		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
+		if left := e.keysUnder(keys.AllPinsPrefix); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
 		for _, when := range []string{"before the repeat", "after it"} {
@@ -603,22 +603,22 @@ func TestLatePin(t *testing.T) {
 			if landed.Succeeded != (when != "after it") {
 				t.Errorf("%s: landed %v", when, landed.Succeeded)
 			}
-			if _, found := w.pinRecord(p); !found {
+			if _, found := e.pinRecord(p); !found {
 				t.Errorf("%s: pin %d was returned, and does not exist", when, p.ID)
 			}
 		}
-		if left := w.keysUnder(keys.AllPinsPrefix); len(left) != 2 {
+		if left := e.keysUnder(keys.AllPinsPrefix); len(left) != 2 {
 			t.Errorf("there are %v, want two", left)
 		}
 	})
 }
 
 func TestRenewPin(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s, other := w.create(r, col, "x"), w.create(r, col, "y")
-		p, forever := w.pin(r, s, time.Minute), w.pin(r, s, 0)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s, other := e.create(r, col, "x"), e.create(r, col, "y")
+		p, forever := e.pin(r, s, time.Minute), e.pin(r, s, 0)
 		created := p.CreateTime
 		for i, ttl := range []time.Duration{0, 0, time.Hour, 0, 1500 * time.Millisecond} {
 			time.Sleep(50 * time.Second)
@@ -632,10 +632,10 @@ func TestRenewPin(t *testing.T) {
 				!p.ExpireTime.Equal(time.Now().Add(want)) || p.Revision <= old.Revision {
 				t.Errorf("renewal %d: got %+v", i, p)
 			}
-			if kv, found := w.pinRecord(p); !found || kv.Lease == old.lease || kv.Lease != p.lease {
+			if kv, found := e.pinRecord(p); !found || kv.Lease == old.lease || kv.Lease != p.lease {
 				t.Errorf("renewal %d: there is %v, found %v", i, kv, found)
 			}
-			if w.leased(old.lease) {
+			if e.leased(old.lease) {
 				t.Errorf("renewal %d: the old lease lives", i)
 			}
 		}
@@ -662,10 +662,10 @@ func TestRenewPin(t *testing.T) {
 
 // TestRenewalsAtOnce renews a pin concurrently.
 func TestRenewalsAtOnce(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		replicas := []*testReplica{w.start("a"), w.start("b")}
-		col, _, _ := w.collection(replicas[0], "c")
-		p := w.pin(replicas[0], w.create(replicas[0], col, "x"), time.Minute)
+	inEnv(t, func(t *testing.T, e *env) {
+		replicas := []*testReplica{e.start("a"), e.start("b")}
+		col, _, _ := e.collection(replicas[0], "c")
+		p := e.pin(replicas[0], e.create(replicas[0], col, "x"), time.Minute)
 		var wg sync.WaitGroup
 		var done atomic.Int64
 		for i := range 20 {
@@ -684,11 +684,11 @@ func TestRenewalsAtOnce(t *testing.T) {
 			t.Error("no renewal succeeded")
 		}
 		time.Sleep(59 * time.Minute)
-		if kv, found := w.pinRecord(p); !found || kv.Lease == 0 {
+		if kv, found := e.pinRecord(p); !found || kv.Lease == 0 {
 			t.Error("the pin is gone")
 		}
 		time.Sleep(2 * time.Minute)
-		if _, found := w.pinRecord(p); found {
+		if _, found := e.pinRecord(p); found {
 			t.Error("the pin outlives its lease")
 		}
 	})
@@ -700,12 +700,12 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.Before, meta.After} {
 		for n := 0; ; n++ {
 			fired := false
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				other := w.start("b")
+			inEnv(t, func(t *testing.T, e *env) {
+				other := e.start("b")
 				settle() // so that it leads
-				r := w.start("a")
-				col, _, _ := w.collection(other, "c")
-				p := w.pin(other, w.create(other, col, "x"), time.Minute)
+				r := e.start("a")
+				col, _, _ := e.collection(other, "c")
+				p := e.pin(other, e.create(other, col, "x"), time.Minute)
 				settle()
 				r.kv.FailNth(n, fault, meta.MethodGet, meta.MethodTxn, meta.MethodGrant, meta.MethodRevoke)
 				next, err := r.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, time.Hour)
@@ -718,14 +718,14 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 					wantError(t, err, meta.ErrUnavailable)
 				}
 				time.Sleep(time.Until(until) - time.Second)
-				if _, found := w.pinRecord(p); !found {
+				if _, found := e.pinRecord(p); !found {
 					t.Errorf("call %d: returned %v, and the pin ended before", n, err)
 				}
 				if next, err = other.RenewPin(t.Context(), Ref{Name: "x"}, p.ID, 0); err != nil {
 					t.Fatal(err)
 				}
 				time.Sleep(time.Until(next.ExpireTime) + time.Second)
-				if _, found := w.pinRecord(p); found {
+				if _, found := e.pinRecord(p); found {
 					t.Errorf("call %d: the pin outlives its lease", n)
 				}
 			})
@@ -742,11 +742,11 @@ func TestRenewalSurvivesEachFailedCall(t *testing.T) {
 // TestLateRenewal applies a renewal after its call returned without an answer: it must
 // not end the pin.
 func TestLateRenewal(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		l := &late{}
-		r := w.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
-		col, _, _ := w.collection(r, "c")
-		p := w.pin(r, w.create(r, col, "x"), time.Minute)
+		r := e.start("a", func(o *testOptions) { l.KV, o.KV = o.KV, l })
+		col, _, _ := e.collection(r, "c")
+		p := e.pin(r, e.create(r, col, "x"), time.Minute)
 		l.set(true)
 		_, err := r.RenewPin(t.Context(), Ref{ID: p.Snapshot}, p.ID, time.Hour)
 		wantError(t, err, meta.ErrUnavailable)
@@ -754,7 +754,7 @@ func TestLateRenewal(t *testing.T) {
 			t.Fatalf("landed %v, err = %v", res.Succeeded, err)
 		}
 		time.Sleep(59 * time.Minute)
-		if _, found := w.pinRecord(p); !found {
+		if _, found := e.pinRecord(p); !found {
 			t.Error("the pin is gone")
 		}
 		next, err := r.RenewPin(t.Context(), Ref{ID: p.Snapshot}, p.ID, 0)
@@ -765,13 +765,13 @@ func TestLateRenewal(t *testing.T) {
 }
 
 func TestUnpin(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s, other := w.create(r, col, "x"), w.create(r, col, "y")
-		p, q := w.pin(r, s, time.Hour), w.pin(r, other, 0)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s, other := e.create(r, col, "x"), e.create(r, col, "y")
+		p, q := e.pin(r, s, time.Hour), e.pin(r, other, 0)
 		unreadable := keys.Pin(s.ID, p.ID+500)
-		w.put(unreadable, []byte{8, 99}) // format 99
+		e.put(unreadable, []byte{8, 99}) // format 99
 		_, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0)
 		wantError(t, err, ErrSnapshotPinned)
 		if !strings.Contains(errText(err), fmt.Sprintf("%d (its record cannot be read)", p.ID+500)) {
@@ -783,7 +783,7 @@ func TestUnpin(t *testing.T) {
 		for range 2 {
 			wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
 		}
-		if w.leased(p.lease) {
+		if e.leased(p.lease) {
 			t.Error("the lease lives on")
 		}
 		wantError(t, unpin(Ref{Name: "x"}, p.ID+500), nil)
@@ -793,7 +793,7 @@ func TestUnpin(t *testing.T) {
 		}
 		wantError(t, unpin(Ref{ID: s.ID}, -1), catalog.ErrInvalid)
 		wantError(t, unpin(Ref{ID: other.ID, Collection: catalog.Ref{ID: col.ID + 1}}, q.ID), ErrSnapshotMismatch)
-		if left := w.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(other.ID, q.ID)}) {
+		if left := e.keysUnder(keys.AllPinsPrefix); !slices.Equal(left, []string{keys.Pin(other.ID, q.ID)}) {
 			t.Errorf("left %v", left)
 		}
 		if _, err := r.Drop(t.Context(), request.Token{}, Ref{ID: s.ID}, 0); err != nil {
@@ -803,7 +803,7 @@ func TestUnpin(t *testing.T) {
 		settle()
 		wantError(t, unpin(Ref{ID: s.ID}, p.ID), nil)
 		// A renewal occurs between the read and the removal.
-		b := w.start("b")
+		b := e.start("b")
 		between := func(do func()) {
 			var once sync.Once
 			r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -813,7 +813,7 @@ func TestUnpin(t *testing.T) {
 				return meta.NoFault
 			})
 		}
-		p = w.pin(r, other, time.Hour)
+		p = e.pin(r, other, time.Hour)
 		between(func() {
 			if p, err = b.RenewPin(t.Context(), Ref{ID: other.ID}, p.ID, 0); err != nil {
 				t.Error(err)
@@ -821,44 +821,44 @@ func TestUnpin(t *testing.T) {
 		})
 		wantError(t, unpin(Ref{ID: other.ID}, p.ID), nil)
 		r.kv.Hook(nil)
-		if _, found := w.pinRecord(p); found || w.leased(p.lease) {
+		if _, found := e.pinRecord(p); found || e.leased(p.lease) {
 			t.Errorf("there is the pin: %v, or its lease", found)
 		}
 		// A removal occurs between the read and a renewal, which must not restore the pin.
-		p = w.pin(r, other, time.Hour)
+		p = e.pin(r, other, time.Hour)
 		between(func() { wantError(t, b.Unpin(t.Context(), Ref{ID: other.ID}, p.ID), nil) })
 		_, err = r.RenewPin(t.Context(), Ref{ID: other.ID}, p.ID, 0)
 		wantError(t, err, ErrPinNotFound)
 		r.kv.Hook(nil)
-		if _, found := w.pinRecord(p); found {
+		if _, found := e.pinRecord(p); found {
 			t.Error("the renewal brought the pin back")
 		}
 	})
 }
 
 func TestPinsInPages(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		snaps := []*snapshot.Record{w.create(r, col, "x"), w.create(r, col, "y"), w.create(r, col, "z")}
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		snaps := []*snapshot.Record{e.create(r, col, "x"), e.create(r, col, "y"), e.create(r, col, "z")}
 		var all, second []PinPlace
 		for i := range 21 {
-			p := w.pin(r, snaps[i%3], time.Hour)
+			p := e.pin(r, snaps[i%3], time.Hour)
 			all = append(all, PinPlace{p.Snapshot, p.ID})
 			if i%3 == 1 {
 				second = append(second, PinPlace{p.Snapshot, p.ID})
 			}
 		}
 		odd := PinPlace{snaps[0].ID, 1 << 40}
-		w.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
+		e.put(keys.Pin(odd.Snapshot, odd.ID), []byte{8, 99})
 		all = append(all, odd)
 		slices.SortFunc(all, func(a, b PinPlace) int {
 			return int(a.Snapshot-b.Snapshot)*1000 + int(min(a.ID, 1000)-min(b.ID, 1000))
 		})
 		settle()           // so that only the pages make calls below
 		for i := range 9 { // unreadable
-			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
-			w.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[2].ID), i), nil)
+			e.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[1].ID-1), i), nil)
+			e.put(fmt.Sprintf("%sx%d", keys.PinPrefix(snaps[2].ID), i), nil)
 		}
 		for _, tc := range []struct {
 			snapshot int64
@@ -896,29 +896,29 @@ func TestPinsInPages(t *testing.T) {
 }
 
 func TestPinEvents(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		other, _, _ := w.collection(r, "other")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		other, _, _ := e.collection(r, "other")
+		s := e.create(r, col, "x")
 		settle()
-		_, _, start, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, start, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
-		removed, expires := w.pin(r, s, time.Minute), w.pin(r, s, time.Minute)
+		removed, expires := e.pin(r, s, time.Minute), e.pin(r, s, time.Minute)
 		if _, err := r.RenewPin(t.Context(), Ref{ID: s.ID}, expires.ID, 2*time.Minute); err != nil {
 			t.Fatal(err)
 		}
 		if err := r.Unpin(t.Context(), Ref{ID: s.ID}, removed.ID); err != nil {
 			t.Fatal(err)
 		}
-		w.put(keys.Pin(s.ID, 5000), []byte{8, 99}) // unreadable
+		e.put(keys.Pin(s.ID, 5000), []byte{8, 99}) // unreadable
 		time.Sleep(2*time.Minute + time.Second)
 		settle()
-		forever := w.pin(r, s, 0)
+		forever := e.pin(r, s, 0)
 		// A removal is reported for one pin, at its own revision.
-		if _, err := w.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
+		if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{
 			meta.Delete(keys.Pin(s.ID, forever.ID)),
 			meta.Put(keys.Unpin, record.Encode(&storagev1.Unpin{
 				Format: record.Format, SnapshotId: s.ID,

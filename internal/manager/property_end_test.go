@@ -192,7 +192,7 @@ func (c *course) finish() {
 	}
 	c.rightModel()
 	m := c.replicas[0]
-	c.w.check(m.testReplica)
+	c.env.check(m.testReplica)
 	for _, p := range c.pins {
 		c.must(m.Unpin(ctx, Ref{ID: p.Snapshot}, p.ID))
 	}
@@ -291,7 +291,7 @@ func (c *course) nothingLeft() {
 	}
 	workers := 0
 	got := map[string]bool{}
-	for _, key := range c.w.keysUnder("/") {
+	for _, key := range c.env.keysUnder("/") {
 		switch {
 		case strings.HasPrefix(key, keys.WorkerPrefix): // under the lease of a running replica
 			workers++
@@ -307,7 +307,7 @@ func (c *course) nothingLeft() {
 	objects[identity.Key] = true // the identity of the store
 	beats := 0
 	found := map[string]bool{}
-	for _, key := range c.w.objectsUnder("") {
+	for _, key := range c.env.objectsUnder("") {
 		if strings.HasPrefix(key, epoch.Prefix) &&
 			!c.foreign[key] { // the newest two heartbeats
 			beats++

@@ -28,11 +28,11 @@ type usedKeys struct {
 	Other                         []string // keys, without ids
 }
 
-func (w *testEnv) used() usedKeys {
-	w.t.Helper()
+func (e *env) used() usedKeys {
+	e.t.Helper()
 	from, to := keys.All()
 	var u usedKeys
-	if _, err := w.kv.Scan(w.t.Context(), from, to, 0, func(batch []meta.KeyValue) error {
+	if _, err := e.kv.Scan(e.t.Context(), from, to, 0, func(batch []meta.KeyValue) error {
 		for _, kv := range batch {
 			switch {
 			case strings.HasPrefix(kv.Key, keys.AllUnitsPrefix), strings.HasPrefix(kv.Key, keys.AllTombstonesPrefix):
@@ -52,7 +52,7 @@ func (w *testEnv) used() usedKeys {
 		}
 		return nil
 	}); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return u
 }
@@ -61,18 +61,18 @@ func (w *testEnv) used() usedKeys {
 // snapshots, which hold all replaced segments, costs the metadata store a small stub
 // per unit, and that the stubs are removed with the snapshots.
 func TestSteadyCompactionUnderSnapshots(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			o.Log = zap.NewNop()
 			o.Parts.Collector.Tolerance = time.Minute
 		})
-		col, _, x := w.collection(r, "c")
-		w.checkpoint(r, col, 1000, 1000)
+		col, _, x := e.collection(r, "c")
+		e.checkpoint(r, col, 1000, 1000)
 		const files = 8 // per segment: its record is larger than a stub
 		segments := func(n int) []segment.Segment {
 			var list []segment.Segment
 			for range n {
-				s := w.segment(r, col, 0, 1, 20)
+				s := e.segment(r, col, 0, 1, 20)
 				s.Files = nil
 				for i := range files {
 					s.Files = append(s.Files, segment.File{
@@ -80,20 +80,20 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 						Entries: 20,
 					})
 				}
-				b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+				b := segment.Build{ID: e.newID(r), Index: x.ID, Field: 100}
 				b.Files = []segment.File{{Kind: segment.KindIndex, Field: 100, LogID: 1, Size: 10}}
 				s.Builds = []segment.Build{b}
-				w.putFiles(col.ID, &s)
+				e.putFiles(col.ID, &s)
 				list = append(list, s)
 			}
 			return list
 		}
 		live := segments(8)
-		w.add(r, col, live...)
+		e.add(r, col, live...)
 		var snapshots []*snapshot.Record
 		var quarter usedKeys
 		for n := range longSnapshots {
-			snapshots = append(snapshots, w.create(r, col, fmt.Sprint("s", n)))
+			snapshots = append(snapshots, e.create(r, col, fmt.Sprint("s", n)))
 			// Three segments are compacted into one, and two are added.
 			out := segments(3)
 			swap := catalog.SegmentChange{Add: out}
@@ -109,7 +109,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 			if n%10 != 0 {
 				continue
 			}
-			u := w.used()
+			u := e.used()
 			// The next round spills the held units.
 			if want := 3 * (n + 1); u.Units != want || u.LargestUnit >= 300 {
 				t.Fatalf("after snapshot %d: %d units, want %d; the largest takes %d bytes", n, u.Units, want, u.LargestUnit)
@@ -118,7 +118,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 				quarter = u
 			}
 		}
-		end := w.used()
+		end := e.used()
 		if diff := cmp.Diff(quarter.Other, end.Other); diff != "" {
 			t.Errorf("other keys come or go:\n%s", diff)
 		}
@@ -128,14 +128,14 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		if end.Snapshots != 2*longSnapshots {
 			t.Errorf("%d keys of snapshots", end.Snapshots)
 		}
-		if n := len(w.objectsUnder(catalog.SpillPrefix)); n != end.Units {
+		if n := len(e.objectsUnder(catalog.SpillPrefix)); n != end.Units {
 			t.Errorf("%d units, and %d objects that hold their records", end.Units, n)
 		}
-		w.check(r)
+		e.check(r)
 		t.Logf("%d snapshots, %d units of %d bytes on average", longSnapshots, end.Units, end.UnitBytes/end.Units)
 
 		for _, s := range snapshots {
-			w.dropSnapshot(r, s)
+			e.dropSnapshot(r, s)
 		}
 		time.Sleep(3 * time.Minute)
 		settle()
@@ -143,7 +143,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		if last := r.Collector.LastCycle(); last == nil || len(last.Stops) != 1 {
 			t.Errorf("the last round: %+v", last)
 		}
-		if _, s := w.round(r,
+		if _, s := e.round(r,
 			collect.CycleOptions{Collection: catalog.Ref{ID: col.ID}, Force: true}); s.Granted != int64(end.Units) {
 			t.Errorf("granted: %d of %d", s.Granted, end.Units)
 		}
@@ -156,7 +156,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 			}
 		}
 		got := map[string]bool{}
-		for _, key := range w.objectsUnder("") {
+		for _, key := range e.objectsUnder("") {
 			got[key] = true
 		}
 		left := map[string]bool{}
@@ -166,7 +166,7 @@ func TestSteadyCompactionUnderSnapshots(t *testing.T) {
 		if diff := cmp.Diff(left, got); diff != "" {
 			t.Errorf("objects at the end:\n%s", diff)
 		}
-		u := w.used()
+		u := e.used()
 		if diff := cmp.Diff(quarter.Other, u.Other); diff != "" || u.Units+u.Snapshots > 0 {
 			t.Errorf("%d units and %d keys of snapshots are left:\n%s", u.Units, u.Snapshots, diff)
 		}

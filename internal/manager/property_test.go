@@ -199,8 +199,8 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
 		g := newGuard(kv, objectmemory.New(objectmemory.Options{Now: time.Now}))
-		w := &testEnv{t: t, kv: kv, memory: kv, objects: g, now: time.Now, foreign: g.isForeign}
-		c := &course{w: w, reach: reached, guard: g, objects: g.Store, long: long}
+		e := &env{t: t, kv: kv, memory: kv, objects: g, now: time.Now, foreign: g.isForeign}
+		c := &course{env: e, reach: reached, guard: g, objects: g.Store, long: long}
 		ctx, cancel := context.WithCancel(context.Background())
 		var watching sync.WaitGroup
 		defer func() {
@@ -243,7 +243,7 @@ func runCourse(t *testing.T, report rapid.TB, steps []step, reached *reach, long
 // metadata store in order and keeps its own ledger: the content of each file, the
 // segments at each revision and therefore the content of each snapshot, and the grants.
 type course struct {
-	w       *testEnv
+	env     *env
 	reach   *reach
 	guard   *guard
 	objects object.Store // the guarded store, for the oracle and the engines
@@ -460,22 +460,22 @@ func (c *course) must(err error) {
 func (c *course) setUp() {
 	c.foreign, c.granted, c.content = map[string]bool{}, map[string]bool{}, map[string][]byte{}
 	c.snapshots, c.corrupted, c.jobs = map[int64]*taken{}, map[int64][]byte{}, map[int64]*copyjob.Job{}
-	requests := request.NewLeases(c.w.kv, c.w.now, nil)
+	requests := request.NewLeases(c.env.kv, c.env.now, nil)
 	for i := range c.replicas {
 		c.start(i)
 	}
 	o := testOptions{Options: c.replicas[0].o}
 	stores := map[string]object.Store{"default": c.objects}
-	o.KV, o.Requests, o.Stores = c.w.kv, requests, stores
-	o.Epoch = c.epoch(c.w.kv, c.objects)
+	o.KV, o.Requests, o.Stores = c.env.kv, requests, stores
+	o.Epoch = c.epoch(c.env.kv, c.objects)
 	o.Catalog = catalog.New(catalog.Options{
-		KV: c.w.kv, Now: c.w.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true },
+		KV: c.env.kv, Now: c.env.now, Rand: rand.Reader, Requests: requests, HasStore: func(string) bool { return true },
 		ReadSpilled: catalog.ReadSpilled(stores), RaiseIDs: o.Epoch.RaiseIDLimit,
 	})
 	c.cat = o.Catalog
-	_, c.reader = c.w.make(o)
+	_, c.reader = c.env.make(o)
 	c.guard.reader = c.reader
-	c.must(identity.Check(context.Background(), c.w.kv, c.objects, "default", c.replicas[0].o.Cluster.ID, rand.Reader))
+	c.must(identity.Check(context.Background(), c.env.kv, c.objects, "default", c.replicas[0].o.Cluster.ID, rand.Reader))
 	for range 2 {
 		c.newCollection()
 	}
@@ -485,11 +485,11 @@ func (c *course) setUp() {
 }
 
 func (c *course) epoch(kv meta.KV, store object.Store) *epoch.Epoch {
-	cl, err := cluster.Open(context.Background(), c.w.kv,
-		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.w.now, Rand: rand.Reader})
+	cl, err := cluster.Open(context.Background(), c.env.kv,
+		cluster.Options{NameScope: cluster.ScopeCluster, Release: "test", Now: c.env.now, Rand: rand.Reader})
 	c.must(err)
 	return epoch.New(epoch.Options{
-		KV: kv, Store: store, Cluster: cl.ID, Now: c.w.now,
+		KV: kv, Store: store, Cluster: cl.ID, Now: c.env.now,
 		Rand: rand.Reader, Interval: 20 * time.Minute,
 	})
 }
@@ -542,7 +542,7 @@ func (c *course) newIndex(l *ledger) {
 
 func (c *course) start(i int) {
 	m := &member{}
-	m.testReplica = c.w.start(fmt.Sprint("r", i), func(o *testOptions) {
+	m.testReplica = c.env.start(fmt.Sprint("r", i), func(o *testOptions) {
 		o.Log = zap.NewNop()
 		o.MaxCreates = 4
 		m.spy = &spy{KV: o.KV, failed: func() { c.reach.compareFailed.Add(1) }}
@@ -654,12 +654,12 @@ func keyOf(f *segment.File) string { return "data/" + f.Path }
 // watch records all changes.
 func (c *course) watch(ctx context.Context) {
 	from, to := keys.All()
-	w := c.w.kv.Watch(ctx, from, to, 1)
+	w := c.env.kv.Watch(ctx, from, to, 1)
 	for {
 		b, err := w.Next()
 		if err != nil {
 			if ctx.Err() == nil {
-				c.w.t.Errorf("the oracle is blind: %v", err)
+				c.env.t.Errorf("the oracle is blind: %v", err)
 			}
 			return
 		}
@@ -935,7 +935,7 @@ func (c *course) lookAround() {
 			}
 		}
 		for id, g := range l.grants {
-			if _, there, _, err := c.w.kv.Get(
+			if _, there, _, err := c.env.kv.Get(
 				context.Background(),
 				keys.Tombstone(l.col.ID, id),
 			); err != nil ||
@@ -978,7 +978,7 @@ func (c *course) change(l *ledger, swap catalog.SegmentChange, next map[int64]se
 
 // revisionOf returns the revision of an existing record.
 func (c *course) revisionOf(key string) int64 {
-	kv, found, _, err := c.w.kv.Get(context.Background(), key)
+	kv, found, _, err := c.env.kv.Get(context.Background(), key)
 	if err != nil || !found {
 		c.wrong("%s: there %v, err = %v", key, found, err)
 	}
@@ -1385,9 +1385,9 @@ func (c *course) do(s step) {
 	case "repair":
 		c.repair()
 	case "compact history":
-		_, _, revision, err := c.w.kv.Get(ctx, keys.Format)
+		_, _, revision, err := c.env.kv.Get(ctx, keys.Format)
 		c.must(err)
-		_ = c.w.memory.Compact(ctx, revision) // may already be compacted
+		_ = c.env.memory.Compact(ctx, revision) // may already be compacted
 	case "wait":
 		c.rest(time.Duration(1+s.B%40) * time.Second)
 	case "wait long":

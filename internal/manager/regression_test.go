@@ -26,10 +26,10 @@ import (
 // TestMinCutResolvesNameOnce checks that the collection whose cut a create waits for is
 // the one that it captures.
 func TestMinCutResolvesNameOnce(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		blue, _, _ := w.collection(r, "c")
-		w.checkpoint(r, blue, 100, 100)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		blue, _, _ := e.collection(r, "c")
+		e.checkpoint(r, blue, 100, 100)
 		green, err := r.catalog.CreateCollection(t.Context(), request.Token{}, catalog.Collection{
 			DB: "default", Name: "green", Channels: []string{"g0", "g1"},
 			Roots: []catalog.Root{{Store: "default", Prefix: "green/"}},
@@ -37,7 +37,7 @@ func TestMinCutResolvesNameOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.checkpoint(r, green, 5, 5)
+		e.checkpoint(r, green, 5, 5)
 		settle()
 		done := false
 		r.kv.Hook(func(c meta.Call) meta.Fault {
@@ -74,14 +74,14 @@ func TestMinCutResolvesNameOnce(t *testing.T) {
 // TestChannelsWithoutCheckpoint checks that channels without a checkpoint keep their
 // names and order.
 func TestChannelsWithoutCheckpoint(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		if _, err := r.catalog.SetCheckpoints(t.Context(), catalog.Ref{ID: col.ID},
 			[]catalog.Checkpoint{{Shard: 1, Position: segment.Position{Timestamp: 10}}}); err != nil {
 			t.Fatal(err)
 		}
-		s := w.create(r, col, "x")
+		s := e.create(r, col, "x")
 		d, err := r.Describe(t.Context(), Ref{ID: s.ID})
 		if err != nil {
 			t.Fatal(err)
@@ -94,18 +94,18 @@ func TestChannelsWithoutCheckpoint(t *testing.T) {
 
 // TestJoinAfterCompaction checks that a repeat joins a create after a compaction.
 func TestJoinAfterCompaction(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		b := w.start("b")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		b := e.start("b")
+		col, _, _ := e.collection(r, "c")
 		tok := token("t", "r")
 		r.store.Freeze()
 		first := make(chan error, 1)
 		go func() { _, err := r.Create(t.Context(), tok, spec(col, "x")); first <- err }()
 		settle()
-		w.create(b, col, "other") // the store's revision advances
-		_, _, now, _ := w.kv.Get(t.Context(), "/none")
-		if err := w.memory.Compact(t.Context(), now); err != nil {
+		e.create(b, col, "other") // the store's revision advances
+		_, _, now, _ := e.kv.Get(t.Context(), "/none")
+		if err := e.memory.Compact(t.Context(), now); err != nil {
 			t.Fatal(err)
 		}
 		second := make(chan error, 1)
@@ -121,10 +121,10 @@ func TestJoinAfterCompaction(t *testing.T) {
 
 // TestNoWaitRace checks that a create with NoWait has no data race.
 func TestNoWaitRace(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2)) // no checkpoint
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2)) // no checkpoint
 		for i := range 20 {
 			sp := spec(col, fmt.Sprint("x", i))
 			sp.NoWait = true
@@ -139,13 +139,13 @@ func TestNoWaitRace(t *testing.T) {
 
 // TestExactOfOldCeiling checks require_exact on restored segments with a row ceiling.
 func TestExactOfOldCeiling(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.segment(r, col, 0, 10, 60)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.segment(r, col, 0, 10, 60)
 		s.RowCeiling = 50 // restored from a snapshot with cut 50
-		w.add(r, col, s)
-		w.checkpoint(r, col, 100, 100)
+		e.add(r, col, s)
+		e.checkpoint(r, col, 100, 100)
 		sp := spec(col, "x")
 		sp.RequireExact = true
 		snap, err := r.Create(t.Context(), request.Token{}, sp)
@@ -160,9 +160,9 @@ func TestExactOfOldCeiling(t *testing.T) {
 // TestCommitDroppedBeforeReadBack checks that a commit that took effect succeeds
 // although the snapshot was dropped before the read-back.
 func TestCommitDroppedBeforeReadBack(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(b, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(b, "c")
 		settle()
 		tok := token("t", "r")
 		// The leader must keep the record, so that it is read back as DELETING.
@@ -176,7 +176,7 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 		}
 		var lost, dropped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodTxn && len(w.objectsUnder("snapshots/")) == 2 && lost.CompareAndSwap(false, true) {
+			if c.Method == meta.MethodTxn && len(e.objectsUnder("snapshots/")) == 2 && lost.CompareAndSwap(false, true) {
 				return meta.After
 			}
 			// The first call after the commit has taken effect: the read back, or one that runs beside it.
@@ -205,10 +205,10 @@ func TestCommitDroppedBeforeReadBack(t *testing.T) {
 // TestUpdateToken checks an update whose token is used by another call while it is
 // being decided.
 func TestUpdateToken(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		s := w.create(a, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		s := e.create(a, col, "x")
 		settle()
 		text := "new"
 		tok := request.Token{Principal: "local", Method: "UpdateSnapshot", Value: "t", Hash: []byte{1}}
@@ -234,9 +234,9 @@ func TestUpdateToken(t *testing.T) {
 
 // TestMinCutDropped checks that a wait for a cut ends when the collection is dropped.
 func TestMinCutDropped(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 		defer cancel()
 		sp := spec(col, "x")
@@ -268,17 +268,17 @@ func (s *delayed) Create(ctx context.Context, key string, body []byte) (object.I
 // TestSlowCreate runs a create whose steps are each shorter than the lease but together
 // longer, with no step when a renewal has just become due.
 func TestSlowCreate(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			delays := make(chan time.Duration, 3)
 			delays <- 19 * time.Second
 			delays <- 45 * time.Second
 			delays <- 45 * time.Second
 			o.Stores = map[string]object.Store{"default": &delayed{o.Stores["default"], delays}}
 		})
-		col, _, _ := w.collection(r, "c")
-		w.add(r, col, w.segment(r, col, 0, 1, 2))
-		w.checkpoint(r, col, 10, 10)
+		col, _, _ := e.collection(r, "c")
+		e.add(r, col, e.segment(r, col, 0, 1, 2))
+		e.checkpoint(r, col, 10, 10)
 		_, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 		if err != nil {
 			t.Errorf("no step took longer than 45 s of a lease of 60 s: %v", err)
@@ -289,9 +289,9 @@ func TestSlowCreate(t *testing.T) {
 // TestJoinLosesRace repeats a create by its token between begin and commit, and drops
 // the collection.
 func TestJoinLosesRace(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
 		settle()
 		tok := token("t", "r")
 		done := false
@@ -317,10 +317,10 @@ func TestJoinLosesRace(t *testing.T) {
 
 // TestTruncatedRead checks that one truncated read is retried.
 func TestTruncatedRead(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		s := w.create(r, col, "x")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		s := e.create(r, col, "x")
 		r.store.FailNth(object.OpGet, 0, object.FaultTruncate)
 		_, err := r.Describe(t.Context(), Ref{ID: s.ID})
 		_, err2 := r.Describe(t.Context(), Ref{ID: s.ID})
@@ -333,9 +333,9 @@ func TestTruncatedRead(t *testing.T) {
 // TestLeaseGoneBeforeBegin checks the error of a create whose lease expired before its
 // begin.
 func TestLeaseGoneBeforeBegin(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(b, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(b, "c")
 		settle()
 		var stopped atomic.Bool
 		a.kv.Hook(func(c meta.Call) meta.Fault {
@@ -356,13 +356,13 @@ func TestLeaseGoneBeforeBegin(t *testing.T) {
 
 // TestRenamedInBetween renames the collection between begin and capture.
 func TestRenamedInBetween(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(b, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(b, "c")
 		settle()
 		done := false
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodRange && len(w.keysUnder(pendingKeys)) > 0 && !done {
+			if c.Method == meta.MethodRange && len(e.keysUnder(pendingKeys)) > 0 && !done {
 				done = true
 				if _, err := b.catalog.RenameCollection(t.Context(), request.Token{}, catalog.Ref{ID: col.ID},
 					"default", "new"); err != nil {
@@ -371,7 +371,7 @@ func TestRenamedInBetween(t *testing.T) {
 			}
 			return meta.NoFault
 		})
-		s := w.create(a, col, "x")
+		s := e.create(a, col, "x")
 		a.kv.Hook(nil)
 		d, err := a.Describe(t.Context(), Ref{ID: s.ID})
 		if err != nil {
@@ -386,13 +386,13 @@ func TestRenamedInBetween(t *testing.T) {
 // TestTransientReadError checks that a passing error of the metadata store does not
 // abort a create.
 func TestTransientReadError(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(b, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(b, "c")
 		settle()
 		done := false
 		a.kv.Hook(func(c meta.Call) meta.Fault {
-			if c.Method == meta.MethodScan && len(w.keysUnder(pendingKeys)) > 0 && !done {
+			if c.Method == meta.MethodScan && len(e.keysUnder(pendingKeys)) > 0 && !done {
 				done = true
 				return meta.Before
 			}
@@ -409,12 +409,12 @@ func TestTransientReadError(t *testing.T) {
 // TestHungDelete checks that a store that hangs does not stop the abandoning of dead
 // creates.
 func TestHungDelete(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
 		settle()
-		b := w.start("b")
-		col, _, _ := w.collection(b, "c")
-		one := w.create(b, col, "one")
+		b := e.start("b")
+		col, _, _ := e.collection(b, "c")
+		one := e.create(b, col, "one")
 		// b's create dies
 		b.store.Freeze()
 		go func() { _, _ = b.Create(t.Context(), request.Token{}, spec(col, "x")) }()
@@ -427,7 +427,7 @@ func TestHungDelete(t *testing.T) {
 		b.kv.Freeze()
 		time.Sleep(30 * time.Minute)
 		settle()
-		if got := w.keysUnder("/snapshot/name/"); len(got) != 0 {
+		if got := e.keysUnder("/snapshot/name/"); len(got) != 0 {
 			t.Errorf("after half an hour the dead create still has its name: %v; leading %v", got, a.Leading())
 		}
 		b.kv.Thaw()
@@ -438,16 +438,16 @@ func TestHungDelete(t *testing.T) {
 // TestFarExpiryIsRefused checks that an expiry beyond 2262, which overflows int64
 // nanoseconds, is rejected.
 func TestFarExpiryIsRefused(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
 		for _, year := range []int{1999, 2300, 9999} {
 			at := time.Date(year, 12, 31, 0, 0, 0, 0, time.UTC)
 			sp := spec(col, "x")
 			sp.ExpireTime = at
 			_, err := r.Create(t.Context(), request.Token{}, sp)
 			wantError(t, err, catalog.ErrInvalid)
-			s := w.create(r, col, fmt.Sprintf("y%d", year))
+			s := e.create(r, col, fmt.Sprintf("y%d", year))
 			_, err = r.Update(t.Context(), request.Token{}, Ref{ID: s.ID}, UpdateSpec{ExpireTime: &at})
 			wantError(t, err, catalog.ErrInvalid)
 		}
@@ -458,7 +458,7 @@ func TestFarExpiryIsRefused(t *testing.T) {
 		}
 		time.Sleep(time.Hour)
 		settle()
-		if n := len(w.check(r)); n != 4 {
+		if n := len(e.check(r)); n != 4 {
 			t.Errorf("%d snapshots an hour later, want 4", n)
 		}
 	})
@@ -498,16 +498,16 @@ func TestLargestRecord(t *testing.T) {
 // TestCleanerLogLine checks that no log line grows with the number of snapshots whose
 // removal fails.
 func TestCleanerLogLine(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		core, logs := observer.New(zap.InfoLevel)
 		problems := lasting.New(time.Now)
-		r := w.start("a", func(o *testOptions) {
+		r := e.start("a", func(o *testOptions) {
 			o.Parts.Collector.Off, o.Log, o.Problems = true, zap.New(core), problems
 		})
-		col, _, _ := w.collection(r, "c")
+		col, _, _ := e.collection(r, "c")
 		var list []*snapshot.Record
 		for i := range 300 {
-			list = append(list, w.create(r, col, fmt.Sprint("s", i)))
+			list = append(list, e.create(r, col, fmt.Sprint("s", i)))
 		}
 		settle()
 		r.store.Plan(func(c object.Call) object.Fault {
@@ -517,7 +517,7 @@ func TestCleanerLogLine(t *testing.T) {
 			return object.FaultNone
 		})
 		for _, s := range list {
-			w.dropSnapshot(r, s)
+			e.dropSnapshot(r, s)
 		}
 		time.Sleep(5 * time.Minute)
 		settle()
@@ -545,6 +545,6 @@ func TestCleanerLogLine(t *testing.T) {
 		r.store.Plan(nil)
 		time.Sleep(5 * time.Minute)
 		settle()
-		w.check(r)
+		e.check(r)
 	})
 }

@@ -20,12 +20,12 @@ func byCollection(o *testOptions) { o.Cluster.NameScope = cluster.ScopeCollectio
 // collection by its name, in each call and with each scope of names.
 func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 	for _, change := range []func(*testOptions){func(*testOptions) {}, byCollection} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			ctx := t.Context()
-			r := w.start("a", change)
-			col := w.richCollection(r, "c", 6)
-			s := w.create(r, col, "one")
-			w.drops(r, col)
+			r := e.start("a", change)
+			col := e.richCollection(r, "c", 6)
+			s := e.create(r, col, "one")
+			e.drops(r, col)
 			time.Sleep(4 * time.Hour)
 			settle()
 			named := catalog.Ref{DB: "default", Name: "c"}
@@ -59,7 +59,7 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("restore: %+v", end.Job)
 			}
 			for _, other := range []string{"d", "C"} {
@@ -82,14 +82,14 @@ func TestSnapshotsAreFoundByTheirDroppedCollection(t *testing.T) {
 // its name: the name means the existing one, then the newest, with a note. Nothing
 // ambiguous is dropped.
 func TestSeveralCollectionsOfOneName(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", byCollection)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", byCollection)
 		named := catalog.Ref{DB: "default", Name: "c"}
 		ref := Ref{Name: "nightly", Collection: named}
 		make1 := func(name string) *snapshot.Record {
-			col, _, _ := w.collection(r, "c")
-			s := w.create(r, col, name)
-			w.drops(r, col)
+			col, _, _ := e.collection(r, "c")
+			s := e.create(r, col, name)
+			e.drops(r, col)
 			settle()
 			return s
 		}
@@ -119,11 +119,11 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 			t.Errorf("drop of one of two: %v", err)
 		}
 
-		col, _, _ := w.collection(r, "c")
+		col, _, _ := e.collection(r, "c")
 		get(ref, second, 1) // the existing collection has no snapshot of the name
 		_, err = r.Drop(t.Context(), request.Token{}, Ref{Name: "weekly", Collection: named}, 0)
 		wantError(t, err, ErrSnapshotMismatch) // it may be a repeat
-		third := w.create(r, col, "nightly")
+		third := e.create(r, col, "nightly")
 		get(ref, third, 0)
 		list, _, err = r.List(t.Context(), Filter{Collection: named}, Place{}, 10)
 		if err != nil || len(list) != 1 || list[0].ID != third.ID {
@@ -149,12 +149,12 @@ func TestSeveralCollectionsOfOneName(t *testing.T) {
 // name while a restore makes a collection of that name.
 func TestNamesDuringRestoreOfTheName(t *testing.T) {
 	for _, change := range []func(*testOptions){func(*testOptions) {}, byCollection} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			ctx := t.Context()
-			r := w.start("a", change)
-			col := w.richCollection(r, "c", 6)
-			s, other := w.create(r, col, "one"), w.create(r, col, "two")
-			w.drops(r, col)
+			r := e.start("a", change)
+			col := e.richCollection(r, "c", 6)
+			s, other := e.create(r, col, "one"), e.create(r, col, "two")
+			e.drops(r, col)
 			settle()
 			r.store.Plan(func(c object.Call) object.Fault {
 				if c.Op == object.OpCopy {
@@ -184,7 +184,7 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 				t.Errorf("drop: %d, err = %v", id, err)
 			}
 			r.store.Plan(nil)
-			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("restore: %+v", end.Job)
 			}
 			if id, err := r.ResolveCollection(ctx, named); err != nil || id != job.Target {
@@ -197,34 +197,34 @@ func TestNamesDuringRestoreOfTheName(t *testing.T) {
 // TestRestoreIntoADroppedName restores a snapshot into the name of its dropped
 // collection, and a snapshot of the target after the first one was dropped.
 func TestRestoreIntoADroppedName(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col := w.richCollection(r, "c", 6)
-		s := w.create(r, col, "one")
-		w.drops(r, col)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col := e.richCollection(r, "c", 6)
+		s := e.create(r, col, "one")
+		e.drops(r, col)
 		sp := restoreSpecOf(s)
 		sp.Name = "c"
-		if end := w.waitEnded(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, e.restore(r, sp).ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
+		e.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		back, err := r.catalog.Collection(t.Context(), catalog.Ref{DB: "default", Name: "c"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		two := w.create(r, back, "two")
-		w.dropSnapshot(r, s)
-		w.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
+		two := e.create(r, back, "two")
+		e.dropSnapshot(r, s)
+		e.round(r, collect.CycleOptions{Tolerance: new(time.Duration)})
 		time.Sleep(time.Hour)
 		settle()
-		for _, seg := range w.segments(r, two) {
+		for _, seg := range e.segments(r, two) {
 			for f := range seg.AllFiles() {
-				if _, err := w.objects.Head(t.Context(), "data/"+f.Path); err != nil {
+				if _, err := e.objects.Head(t.Context(), "data/"+f.Path); err != nil {
 					t.Errorf("%s of the restored collection: %v", f.Path, err)
 				}
 			}
 		}
-		if end := w.waitEnded(r, w.restore(r, restoreSpecOf(two)).ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, e.restore(r, restoreSpecOf(two)).ID); end.Job.State != copyjob.Completed {
 			t.Errorf("%+v", end.Job)
 		}
 	})

@@ -24,10 +24,10 @@ import (
 
 // TestConcurrentRestoresOfOneName checks that one of many restores to a name wins.
 func TestConcurrentRestoresOfOneName(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		s := w.create(a, w.richCollection(a, "c", 8), "one")
-		before := w.contents()
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		s := e.create(a, e.richCollection(a, "c", 8), "one")
+		before := e.contents()
 		sp := restoreSpecOf(s)
 		a.store.SetLatency(time.Second)
 		b.store.SetLatency(time.Second)
@@ -47,8 +47,8 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if len(won) != 1 || len(w.jobs()) != 1 {
-			t.Fatalf("%d won, %d jobs", len(won), len(w.jobs()))
+		if len(won) != 1 || len(e.jobs()) != 1 {
+			t.Fatalf("%d won, %d jobs", len(won), len(e.jobs()))
 		}
 		// Every other way to take the name fails too.
 		ref := catalog.Ref{ID: s.Collection}
@@ -63,10 +63,10 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 		taken.Name = "c"
 		_, err = a.Restore(t.Context(), noToken, &taken)
 		wantError(t, err, catalog.ErrCollectionExists)
-		if end := w.waitEnded(a, won[0].ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(a, won[0].ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.checkRestored(a, before, won[0], sp)
+		e.checkRestored(a, before, won[0], sp)
 		_, err = a.Restore(t.Context(), noToken, sp)
 		wantError(t, err, catalog.ErrCollectionExists)
 	})
@@ -76,9 +76,9 @@ func TestConcurrentRestoresOfOneName(t *testing.T) {
 // unknown: a restore probes the store again and fails by the right reason, a plan writes
 // nothing and reports what it can.
 func TestRestoreFeatures(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 4), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 4), "one")
 		sp := restoreSpecOf(s)
 		var features probe.Features
 		var unknown error
@@ -110,7 +110,7 @@ func TestRestoreFeatures(t *testing.T) {
 			}
 		}
 		features, unknown = probe.Features{ConditionalCopy: true, MultipartCopy: true}, nil
-		if end := w.waitEnded(r, w.restore(r, sp).ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, e.restore(r, sp).ID); end.Job.State != copyjob.Completed {
 			t.Errorf("%+v", end.Job)
 		}
 	})
@@ -118,11 +118,11 @@ func TestRestoreFeatures(t *testing.T) {
 
 // TestRestorePins checks that the snapshot is pinned while the job runs.
 func TestRestorePins(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 8), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 8), "one")
 		r.store.SetLatency(time.Second)
-		job := w.restore(r, restoreSpecOf(s))
+		job := e.restore(r, restoreSpecOf(s))
 		settle()
 		err := dropErr(r, s)
 		if !errors.Is(err, ErrSnapshotPinned) || !strings.Contains(err.Error(), fmt.Sprint(job.Pin)) ||
@@ -136,13 +136,13 @@ func TestRestorePins(t *testing.T) {
 		if err != nil || len(pins) != 1 || pins[0].Job != job.ID || pins[0].TTL != 0 {
 			t.Errorf("pins %+v, err = %v", pins, err)
 		}
-		for _, kv := range w.keysUnder(keys.AllPinsPrefix) {
-			got, _, _, err := w.kv.Get(t.Context(), kv)
+		for _, kv := range e.keysUnder(keys.AllPinsPrefix) {
+			got, _, _, err := e.kv.Get(t.Context(), kv)
 			if err != nil || got.Lease != 0 {
 				t.Errorf("%s is under lease %d, err = %v", kv, got.Lease, err)
 			}
 		}
-		w.waitEnded(r, job.ID)
+		e.waitEnded(r, job.ID)
 		if err := dropErr(r, s); err != nil {
 			t.Error(err)
 		}
@@ -152,13 +152,13 @@ func TestRestorePins(t *testing.T) {
 // TestRestoringCollectionIsInaccessible checks that the segments of a RESTORING collection
 // cannot be read or written, and that the errors name the job.
 func TestRestoringCollectionIsInaccessible(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 40), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 40), "one")
 		sp := restoreSpecOf(s)
-		before := w.contents()
+		before := e.contents()
 		// The first task is registered, the second one is blocked.
-		second := fmt.Sprint("/", w.segments(r, s)[39].ID, "/")
+		second := fmt.Sprint("/", e.segments(r, s)[39].ID, "/")
 		held := make(chan struct{})
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], second) {
@@ -170,7 +170,7 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 			}
 			return object.FaultNone
 		})
-		job := w.restore(r, sp)
+		job := e.restore(r, sp)
 		settle()
 		ctx := t.Context()
 		byName, byID := catalog.Ref{DB: sp.DB, Name: sp.Name}, catalog.Ref{ID: job.Target}
@@ -178,7 +178,7 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 		if err != nil || col.State != catalog.Restoring || col.Job != job.ID || col.ID != job.Target {
 			t.Fatalf("%+v, err = %v", col, err)
 		}
-		if n := len(w.keysUnder(keys.SegmentPrefix(job.Target))); n != 32 {
+		if n := len(e.keysUnder(keys.SegmentPrefix(job.Target))); n != 32 {
 			t.Fatalf("%d segments are registered", n)
 		}
 		list, _, err := r.catalog.ListCollections(ctx, catalog.ListFilter{}, 0, 10)
@@ -189,7 +189,7 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 		if err != nil || len(list) != 1 || list[0].ID != job.Target {
 			t.Errorf("listed %+v, err = %v", list, err)
 		}
-		another := w.segment(r, col, 0, 1, 2)
+		another := e.segment(r, col, 0, 1, 2)
 		tries := map[string]func(ref catalog.Ref) error{
 			"add segments": func(catalog.Ref) error {
 				_, _, err := r.catalog.AddSegments(ctx, job.Target, []segment.Segment{another})
@@ -254,10 +254,10 @@ func TestRestoringCollectionIsInaccessible(t *testing.T) {
 			}
 		}
 		close(held)
-		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
-		w.checkRestored(r, before, job, sp)
+		e.checkRestored(r, before, job, sp)
 	})
 }
 
@@ -273,16 +273,16 @@ func TestPartialRestore(t *testing.T) {
 		"another database": func(sp *RestoreSpec) { sp.DB = "other" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a")
-				s := w.create(r, w.richCollection(r, "c", 70), "one")
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a")
+				s := e.create(r, e.richCollection(r, "c", 70), "one")
 				sp := restoreSpecOf(s)
 				change(sp)
 				plan, err := r.PlanRestore(t.Context(), sp, true)
 				if err != nil || len(plan.Conflicts) > 0 || plan.MissingCount > 0 {
 					t.Fatalf("%+v, err = %v", plan, err)
 				}
-				job := w.mustComplete(r, sp)
+				job := e.mustComplete(r, sp)
 				if plan.Totals != job.Totals || plan.EstimatedTime <= 0 {
 					t.Errorf("plan %+v, job %+v", plan, job.Totals)
 				}
@@ -301,9 +301,9 @@ func TestPartialRestore(t *testing.T) {
 
 // TestRestoreTasksWithoutSegments restores a partition with segments in some tasks only.
 func TestRestoreTasksWithoutSegments(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, p0, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, p0, _ := e.collection(r, "c")
 		p1, err := r.catalog.CreatePartition(t.Context(), noToken, catalog.Ref{ID: col.ID}, catalog.Partition{Name: "p1"})
 		if err != nil {
 			t.Fatal(err)
@@ -313,19 +313,19 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i := range 100 {
-			seg := w.segment(r, col, 0, 1, 9)
+			seg := e.segment(r, col, 0, 1, 9)
 			if seg.Partition = p0.ID; i >= 95 {
 				seg.Partition = p1.ID
 			}
-			w.putFiles(col.ID, &seg)
-			w.add(r, col, seg)
+			e.putFiles(col.ID, &seg)
+			e.add(r, col, seg)
 		}
-		w.checkpoint(r, col, 10, 10)
-		s := w.create(r, col, "one")
+		e.checkpoint(r, col, 10, 10)
+		s := e.create(r, col, "one")
 		for i, want := range []int64{5, 0, 95, 100} {
 			sp := restoreSpecOf(s)
 			sp.Name, sp.Partitions = fmt.Sprint("copy", i), [][]string{{"p1"}, {"p2"}, {"p0"}, nil}[i]
-			if job := w.mustComplete(r, sp); job.Totals.Segments != want || job.Tasks != 4 {
+			if job := e.mustComplete(r, sp); job.Totals.Segments != want || job.Tasks != 4 {
 				t.Errorf("%+v", job)
 			}
 		}
@@ -335,19 +335,19 @@ func TestRestoreTasksWithoutSegments(t *testing.T) {
 // TestRestoreProperties checks that properties of the request are merged into those of the
 // snapshot.
 func TestRestoreProperties(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col := w.richCollection(r, "c", 2)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col := e.richCollection(r, "c", 2)
 		props := map[string]string{"keep": "1", "change": "2", "remove": "3"}
 		if _, err := r.catalog.UpdateCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0, catalog.Patch{
 			Properties: &props, Attributes: &map[string]string{"x": "y"},
 		}); err != nil {
 			t.Fatal(err)
 		}
-		s := w.create(r, col, "one")
+		s := e.create(r, col, "one")
 		sp := restoreSpecOf(s)
 		sp.Properties = map[string]string{"change": "9", "remove": "", "new": "4", "never": ""}
-		job := w.mustComplete(r, sp)
+		job := e.mustComplete(r, sp)
 		target, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: job.Target})
 		want := map[string]string{"keep": "1", "change": "9", "new": "4"}
 		if err != nil || !maps.Equal(target.Properties, want) {
@@ -362,8 +362,8 @@ func TestRestoreProperties(t *testing.T) {
 
 // TestRestoreChannels checks that channels are mapped by shard, not by name.
 func TestRestoreChannels(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
 		var channels, others []string
 		for i := range 12 {
 			channels, others = append(channels, fmt.Sprintf("by-dev_1v%d", i)), append(others, fmt.Sprintf("other_v%d", 11-i))
@@ -377,22 +377,22 @@ func TestRestoreChannels(t *testing.T) {
 		}
 		var at []segment.Timestamp
 		for shard := range 12 {
-			seg := w.segment(r, col, shard, 1, 9)
-			w.putFiles(col.ID, &seg)
-			w.add(r, col, seg)
+			seg := e.segment(r, col, shard, 1, 9)
+			e.putFiles(col.ID, &seg)
+			e.add(r, col, seg)
 			if shard < 11 { // the last one has no checkpoint
 				at = append(at, segment.Timestamp(10+shard))
 			}
 		}
-		w.checkpoint(r, col, at...)
+		e.checkpoint(r, col, at...)
 		_, err = r.Create(t.Context(), noToken, spec(col, "none"))
 		wantError(t, err, ErrCheckpointMissing)
-		w.checkpoint(r, col, append(at, 21)...)
-		s := w.create(r, col, "one")
+		e.checkpoint(r, col, append(at, 21)...)
+		s := e.create(r, col, "one")
 		for i, names := range [][]string{nil, others} {
 			sp := restoreSpecOf(s)
 			sp.Name, sp.Channels = fmt.Sprint("copy", i), names
-			job := w.mustComplete(r, sp)
+			job := e.mustComplete(r, sp)
 			cps, err := r.catalog.Checkpoints(t.Context(), catalog.Ref{ID: job.Target})
 			if err != nil || len(cps) != 12 {
 				t.Fatalf("%+v, err = %v", cps, err)
@@ -425,8 +425,8 @@ func TestRestoreChannels(t *testing.T) {
 // TestRestoreWithoutChannels restores collections without channels, with and without a
 // checkpoint.
 func TestRestoreWithoutChannels(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
 		for i := range 2 {
 			col, err := r.catalog.CreateCollection(t.Context(), noToken, catalog.Collection{
 				DB: "default", Name: fmt.Sprint("c", i), Roots: []catalog.Root{{Store: "default", Prefix: "data/"}},
@@ -435,15 +435,15 @@ func TestRestoreWithoutChannels(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			seg := w.segment(r, col, 0, 1, 9)
-			w.putFiles(col.ID, &seg)
-			w.add(r, col, seg)
+			seg := e.segment(r, col, 0, 1, 9)
+			e.putFiles(col.ID, &seg)
+			e.add(r, col, seg)
 			if i == 1 {
-				w.checkpoint(r, col, 10)
+				e.checkpoint(r, col, 10)
 			}
-			sp := restoreSpecOf(w.create(r, col, fmt.Sprint("s", i)))
+			sp := restoreSpecOf(e.create(r, col, fmt.Sprint("s", i)))
 			sp.Name = fmt.Sprint("copy", i)
-			w.mustComplete(r, sp)
+			e.mustComplete(r, sp)
 			sp.Name, sp.Channels = "other", []string{"one"}
 			_, err = r.Restore(t.Context(), noToken, sp)
 			wantError(t, err, ErrChannelMismatch)
@@ -454,21 +454,21 @@ func TestRestoreWithoutChannels(t *testing.T) {
 // TestRepeatedRestores restores a restored, a dropped, a renamed and an empty collection,
 // and a snapshot of a restored one.
 func TestRepeatedRestores(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col := w.richCollection(r, "c", 12)
-		s := w.create(r, col, "one")
-		empty := w.create(r, w.richCollection(r, "empty", 0), "none")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col := e.richCollection(r, "c", 12)
+		s := e.create(r, col, "one")
+		empty := e.create(r, e.richCollection(r, "empty", 0), "none")
 		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: col.ID}, 0); err != nil {
 			t.Fatal(err)
 		}
 		sp := restoreSpecOf(s)
 		sp.Name = "c" // the name of the dropped source
-		first := w.mustComplete(r, sp)
+		first := e.mustComplete(r, sp)
 		if _, err := r.catalog.DropCollection(t.Context(), noToken, catalog.Ref{ID: first.Target}, 0); err != nil {
 			t.Fatal(err)
 		}
-		second := w.mustComplete(r, sp)
+		second := e.mustComplete(r, sp)
 		if first.Target == second.Target || second.FirstSegment < first.FirstBuild+first.Builds {
 			t.Errorf("%+v after %+v", second, first)
 		}
@@ -476,21 +476,21 @@ func TestRepeatedRestores(t *testing.T) {
 		if _, err := r.catalog.RenameCollection(t.Context(), noToken, copied, "default", "moved"); err != nil {
 			t.Fatal(err)
 		}
-		w.mustComplete(r, sp)
+		e.mustComplete(r, sp)
 		// A snapshot of the restored collection, including straddling segments.
 		moved, err := r.catalog.Collection(t.Context(), catalog.Ref{ID: second.Target})
 		if err != nil {
 			t.Fatal(err)
 		}
-		again := w.create(r, moved, "two")
+		again := e.create(r, moved, "two")
 		if again.Totals != s.Totals {
 			t.Errorf("a snapshot of the copy holds %+v, that of the source %+v", again.Totals, s.Totals)
 		}
-		w.mustComplete(r, restoreSpecOf(again))
+		e.mustComplete(r, restoreSpecOf(again))
 
 		none := restoreSpecOf(empty)
 		none.Name = "nothing"
-		if job := w.mustComplete(r, none); job.Totals != (segment.Totals{}) || job.Tasks != 0 {
+		if job := e.mustComplete(r, none); job.Totals != (segment.Totals{}) || job.Tasks != 0 {
 			t.Errorf("%+v", job)
 		}
 	})
@@ -500,12 +500,12 @@ func TestRepeatedRestores(t *testing.T) {
 // was forgotten.
 func TestRestoreToken(t *testing.T) {
 	for _, missing := range []bool{false, true} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
-			b := w.start("b", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
-			s := w.create(a, w.richCollection(a, "c", 8), "one")
+		inEnv(t, func(t *testing.T, e *env) {
+			a := e.start("a", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
+			b := e.start("b", func(o *testOptions) { o.Parts.KeepRestores = 10 * time.Minute })
+			s := e.create(a, e.richCollection(a, "c", 8), "one")
 			if missing {
-				if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
+				if err := e.objects.Delete(t.Context(), e.objectsUnder("data/")[0]); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -525,12 +525,12 @@ func TestRestoreToken(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			if len(slices.Compact(ids)) != 1 || len(w.jobs()) != 1 {
+			if len(slices.Compact(ids)) != 1 || len(e.jobs()) != 1 {
 				t.Fatalf("jobs %v", ids)
 			}
 			_, err := a.Restore(t.Context(), token("t", "two"), sp)
 			wantError(t, err, request.ErrReused)
-			end := w.waitEnded(a, ids[0])
+			end := e.waitEnded(a, ids[0])
 			job, err := b.Restore(t.Context(), tok, sp)
 			if err != nil || job.ID != ids[0] || job.Target != end.Job.Target {
 				t.Errorf("%+v, err = %v", job, err)
@@ -544,8 +544,8 @@ func TestRestoreToken(t *testing.T) {
 			if err != nil || job.ID != ids[0] || job.Target != end.Job.Target || job.State != end.Job.State {
 				t.Errorf("%+v, err = %v", job, err)
 			}
-			if len(w.jobs()) != 0 {
-				t.Errorf("jobs %+v", w.jobs())
+			if len(e.jobs()) != 0 {
+				t.Errorf("jobs %+v", e.jobs())
 			}
 		})
 	}
@@ -553,10 +553,10 @@ func TestRestoreToken(t *testing.T) {
 
 // TestRestoreJobExpires checks that ended jobs are forgotten after their time.
 func TestRestoreJobExpires(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
-		s := w.create(r, w.richCollection(r, "c", 2), "one")
-		job := w.mustComplete(r, restoreSpecOf(s))
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
+		s := e.create(r, e.richCollection(r, "c", 2), "one")
+		job := e.mustComplete(r, restoreSpecOf(s))
 		time.Sleep(59 * time.Minute)
 		if _, err := r.Jobs.Get(t.Context(), job.ID); err != nil {
 			t.Error(err)
@@ -571,7 +571,7 @@ func TestRestoreJobExpires(t *testing.T) {
 		wantError(t, err, copyjob.ErrJobNotFound)
 		_, err = r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{})
 		wantError(t, err, copyjob.ErrJobNotFound)
-		for _, key := range w.keysUnder("/job/") {
+		for _, key := range e.keysUnder("/job/") {
 			t.Errorf("%s is left", key)
 		}
 	})
@@ -580,20 +580,20 @@ func TestRestoreJobExpires(t *testing.T) {
 // TestRestoreEvents checks that the target's event follows publish, and that each phase of
 // the job has an event.
 func TestRestoreEvents(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 4), "one")
-		good := w.mustComplete(r, restoreSpecOf(s))
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 4), "one")
+		good := e.mustComplete(r, restoreSpecOf(s))
 		bad := restoreSpecOf(s)
 		bad.Name = "bad"
-		if err := w.objects.Delete(t.Context(), w.objectsUnder("data/")[0]); err != nil {
+		if err := e.objects.Delete(t.Context(), e.objectsUnder("data/")[0]); err != nil {
 			t.Fatal(err)
 		}
-		failed := w.mustFail(r, bad, "SOURCE_OBJECT_MISSING", "").Job
+		failed := e.mustFail(r, bad, "SOURCE_OBJECT_MISSING", "").Job
 		done := errors.New("all reported")
 		var reported []string
 		// The whole history in one watch.
-		_, _, last, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, last, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -641,8 +641,8 @@ func TestRestoreEvents(t *testing.T) {
 func TestRestoreMilvus(t *testing.T) {
 	for _, odd := range []string{"", "insert_log/%d/%d/%d/_data/0.parquet", "somewhere/else"} {
 		t.Run(odd, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a")
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a")
 				ctx := t.Context()
 				col, err := r.catalog.CreateCollection(ctx, noToken, catalog.Collection{
 					DB: "default", Name: "m", Layout: catalog.LayoutMilvus, Channels: []string{"by-dev-rootcoord-dml_0_1v0"},
@@ -662,7 +662,7 @@ func TestRestoreMilvus(t *testing.T) {
 					t.Fatal(err)
 				}
 				put := func(kind, path string) segment.File {
-					info, err := w.objects.Put(ctx, "files/"+path, tenBytes(path))
+					info, err := e.objects.Put(ctx, "files/"+path, tenBytes(path))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -670,22 +670,22 @@ func TestRestoreMilvus(t *testing.T) {
 				}
 				for i := range 40 {
 					seg := segment.Segment{
-						ID: w.newID(r), Partition: p.ID, Level: 1, State: segment.Flushed, Rows: 9, DML: segment.Position{Timestamp: 10},
+						ID: e.newID(r), Partition: p.ID, Level: 1, State: segment.Flushed, Rows: 9, DML: segment.Position{Timestamp: 10},
 					}
 					at := fmt.Sprintf("%d/%d/%d", col.ID, p.ID, seg.ID)
 					if i == 7 { // L0
 						seg.Level, seg.Partition = 0, 0
 						seg.Files = append(seg.Files, put(segment.KindDelta, fmt.Sprintf("delta_log/%d/-1/%d/8", col.ID, seg.ID)))
-						w.add(r, col, seg)
+						e.add(r, col, seg)
 						continue
 					}
-					build := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+					build := segment.Build{ID: e.newID(r), Index: x.ID, Field: 100}
 					seg.Files = append(seg.Files,
 						put(segment.KindInsert, "insert_log/"+at+"/100/4"), put(segment.KindStats, "stats_log/"+at+"/100/1"),
 						put(segment.KindDelta, "delta_log/"+at+"/9"), put(segment.KindBM25, "bm25_stats/"+at+"/102/1"))
 					index := fmt.Sprintf("index_files/%d/1/%d/%d/HNSW_0", build.ID, p.ID, seg.ID)
 					build.Files = append(build.Files, put(segment.KindIndex, index))
-					text := segment.Build{ID: w.newID(r), Index: x.ID, Field: 101}
+					text := segment.Build{ID: e.newID(r), Index: x.ID, Field: 101}
 					text.Files = append(text.Files, put(segment.KindText, fmt.Sprintf("text_log/%d/1/%s/101/a_0", text.ID, at)))
 					if i%2 == 0 {
 						build = text
@@ -696,33 +696,33 @@ func TestRestoreMilvus(t *testing.T) {
 						path, _, _ = strings.Cut(path, "%!")
 						seg.Files = append(seg.Files, put(segment.KindInsert, path))
 					}
-					w.add(r, col, seg)
+					e.add(r, col, seg)
 				}
-				w.checkpoint(r, col, 10)
-				sp := restoreSpecOf(w.create(r, col, "one"))
+				e.checkpoint(r, col, 10)
+				sp := restoreSpecOf(e.create(r, col, "one"))
 				// An object that is no file of the snapshot.
 				put("", fmt.Sprintf("insert_log/%d/1/2/3/4", col.ID+1))
 				if odd == "" {
-					w.mustComplete(r, sp)
+					e.mustComplete(r, sp)
 					sp.Name, sp.SkipIndexes = "bare", true
-					w.mustComplete(r, sp)
+					e.mustComplete(r, sp)
 					sp.Name, sp.SkipIndexes = "failed", false
 					key := ""
-					for _, k := range w.objectsUnder("files/text_log/") {
+					for _, k := range e.objectsUnder("files/text_log/") {
 						if key == "" && strings.Contains(k, fmt.Sprintf("/1/%d/%d/", col.ID, p.ID)) { // of the first segment
 							key = k
 						}
 					}
-					if err := w.objects.Delete(ctx, key); err != nil {
+					if err := e.objects.Delete(ctx, key); err != nil {
 						t.Fatal(err)
 					}
-					w.mustFail(r, sp, "SOURCE_OBJECT_MISSING", key)
+					e.mustFail(r, sp, "SOURCE_OBJECT_MISSING", key)
 					return
 				}
-				before := w.contents()
+				before := e.contents()
 				_, err = r.Restore(ctx, noToken, sp)
 				wantError(t, err, ErrLayoutRefused)
-				w.checkNoTraces(before)
+				e.checkNoTraces(before)
 				plan, err := r.PlanRestore(ctx, sp, false)
 				if err != nil || len(plan.Conflicts) != 1 {
 					t.Errorf("%+v, err = %v", plan, err)
@@ -745,36 +745,36 @@ func TestRestoreTargetNotEmpty(t *testing.T) {
 		"another root":        {"elsewhere/%d/x", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				leader := w.start("a")
+			inEnv(t, func(t *testing.T, e *env) {
+				leader := e.start("a")
 				settle()
-				r := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
-				s := w.create(r, w.richCollection(r, "c", 12), "one")
+				r := e.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
+				s := e.create(r, e.richCollection(r, "c", 12), "one")
 				leader.kv.Freeze()
 				sp := restoreSpecOf(s)
-				before := w.contents()
-				job := w.restore(r, sp)
+				before := e.contents()
+				job := e.restore(r, sp)
 				key := fmt.Sprintf(c.key, job.Target)
-				if _, err := w.objects.Put(t.Context(), key, []byte("another's")); err != nil {
+				if _, err := e.objects.Put(t.Context(), key, []byte("another's")); err != nil {
 					t.Fatal(err)
 				}
 				before.objects[key] = true
 				leader.kv.Thaw()
-				end := w.waitEnded(r, job.ID)
+				end := e.waitEnded(r, job.ID)
 				if c.reason == "" {
 					if end.Job.State != copyjob.Completed {
 						t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.checkRestored(r, before, end.Job, sp)
+					e.checkRestored(r, before, end.Job, sp)
 				} else {
 					if end.Job.State != copyjob.Failed || end.Job.Reason != c.reason ||
 						!strings.Contains(end.Job.Message, "default/"+key+" ") {
 						t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, c.reason, key)
 					}
-					w.checkNoTraces(before)
-					w.checkNextRestore(r, before, sp) // with other ids
+					e.checkNoTraces(before)
+					e.checkNextRestore(r, before, sp) // with other ids
 				}
-				if diff := cmp.Diff("another's", string(w.readObject(key))); diff != "" {
+				if diff := cmp.Diff("another's", string(e.readObject(key))); diff != "" {
 					t.Errorf("%s (-want +got):\n%s", key, diff)
 				}
 			})

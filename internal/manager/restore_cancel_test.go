@@ -26,16 +26,16 @@ func TestRestoreCanceled(t *testing.T) {
 		"copy":    {failCopies, copyjob.Copy},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				leader := w.start("a")
+			inEnv(t, func(t *testing.T, e *env) {
+				leader := e.start("a")
 				settle()
-				r := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
-				s := w.create(r, w.richCollection(r, "c", 12), "one")
-				before := w.contents()
+				r := e.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
+				s := e.create(r, e.richCollection(r, "c", 12), "one")
+				before := e.contents()
 				c.hold(leader)
 				sp := restoreSpecOf(s)
 				sp.Labels = map[string]string{"a": "b"}
-				job := w.restore(r, sp)
+				job := e.restore(r, sp)
 				time.Sleep(time.Second)
 				st, err := r.Jobs.Get(t.Context(), job.ID)
 				if err != nil || st.Job.Phase != c.phase {
@@ -50,18 +50,18 @@ func TestRestoreCanceled(t *testing.T) {
 				wantError(t, err, copyjob.ErrEnded)
 				leader.kv.Thaw()
 				leader.clearFaults()
-				end := w.waitEnded(r, job.ID)
+				end := e.waitEnded(r, job.ID)
 				if end.Job.State != copyjob.Canceled || end.Job.Reason != "CANCELED" || end.Job.Labels["a"] != "b" {
 					t.Errorf("%+v", end.Job)
 				}
-				w.checkNoTraces(before)
+				e.checkNoTraces(before)
 				if st, err = r.Jobs.Cancel(t.Context(), job.ID); err != nil || st.Job.State != copyjob.Canceled {
 					t.Errorf("canceled again: %+v, err = %v", st, err)
 				}
-				w.checkNextRestore(r, before, sp)
-				_, err = r.Jobs.Cancel(t.Context(), w.jobs()[1].ID)
+				e.checkNextRestore(r, before, sp)
+				_, err = r.Jobs.Cancel(t.Context(), e.jobs()[1].ID)
 				wantError(t, err, copyjob.ErrEnded)
-				_, err = r.Jobs.SetLimits(t.Context(), w.jobs()[1].ID, copyjob.Limits{})
+				_, err = r.Jobs.SetLimits(t.Context(), e.jobs()[1].ID, copyjob.Limits{})
 				wantError(t, err, copyjob.ErrEnded)
 				canceled := copyjob.Filter{
 					Labels: map[string]string{"a": "b"}, States: []copyjob.State{copyjob.Canceled},
@@ -109,12 +109,12 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 	for _, fault := range []meta.Fault{meta.NoFault, meta.After} {
 		forEachFault(t, 100, func(n int) bool {
 			fired := false
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				a := w.start("a")
+			inEnv(t, func(t *testing.T, e *env) {
+				a := e.start("a")
 				settle()
-				b := w.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
-				s := w.create(b, w.richCollection(b, "c", 4), "one")
-				before := w.contents()
+				b := e.start("b", func(o *testOptions) { o.Parts.Slots = -1 })
+				s := e.create(b, e.richCollection(b, "c", 4), "one")
+				before := e.contents()
 				var mu sync.Mutex
 				var cancelErr error
 				left := n
@@ -129,14 +129,14 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 					if !here {
 						return meta.NoFault
 					}
-					jobs := w.jobs()
+					jobs := e.jobs()
 					_, cancelErr = b.Jobs.Cancel(context.Background(), jobs[0].ID)
 					fired = true
 					return fault
 				})
 				sp := restoreSpecOf(s)
-				job := w.restore(b, sp)
-				end := w.waitEnded(b, job.ID)
+				job := e.restore(b, sp)
+				end := e.waitEnded(b, job.ID)
 				outcomes[end.Job.State]++
 				switch {
 				case !fired:
@@ -151,8 +151,8 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 					t.Errorf("write %d: cancel returned %v, but %+v", n, cancelErr, end.Job)
 				}
 				a.clearFaults()
-				w.checkOutcome(b, before, end, sp)
-				w.checkNeverActive(job, end)
+				e.checkOutcome(b, before, end, sp)
+				e.checkNeverActive(job, end)
 			})
 			return fired
 		})
@@ -163,35 +163,35 @@ func TestRestoreCanceledBetweenWrites(t *testing.T) {
 }
 
 // checkNeverActive checks that the target of a job that is not COMPLETED was never ACTIVE.
-func (w *testEnv) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
-	w.t.Helper()
+func (e *env) checkNeverActive(job *copyjob.Job, end *copyjob.Status) {
+	e.t.Helper()
 	if end.Job.State == copyjob.Completed {
 		return
 	}
-	ctx, cancel := context.WithCancel(w.t.Context())
+	ctx, cancel := context.WithCancel(e.t.Context())
 	defer cancel()
-	_, _, last, err := w.kv.Get(ctx, keys.Format)
+	_, _, last, err := e.kv.Get(ctx, keys.Format)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
-	watch := w.kv.Watch(ctx, keys.Collection(job.Target), "", 1)
+	watch := e.kv.Watch(ctx, keys.Collection(job.Target), "", 1)
 	if watch != nil {
-		watch = w.kv.Watch(ctx, keys.Collection(job.Target), keys.Collection(job.Target)+"\x00", 1)
+		watch = e.kv.Watch(ctx, keys.Collection(job.Target), keys.Collection(job.Target)+"\x00", 1)
 	}
 	if err := watch.Progress(ctx); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	for {
 		b, err := watch.Next()
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
-		for _, e := range b.Events {
-			if e.Deleted {
+		for _, ev := range b.Events {
+			if ev.Deleted {
 				continue
 			}
-			if col, err := catalog.DecodeCollection(e.KV); err != nil || col.State != catalog.Restoring {
-				w.t.Errorf("the target of a job that ended %v was %v, err = %v", end.Job.State, col.State, err)
+			if col, err := catalog.DecodeCollection(ev.KV); err != nil || col.State != catalog.Restoring {
+				e.t.Errorf("the target of a job that ended %v was %v, err = %v", end.Job.State, col.State, err)
 			}
 		}
 		if b.Revision >= last {
@@ -208,19 +208,19 @@ func TestRestoreCancelRaces(t *testing.T) {
 	outcomes := map[copyjob.State]int{}
 	for range 20 {
 		run := random.Uint64()
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			rnd := rand.New(rand.NewPCG(run, 0))
 			var rs []*testReplica
 			for _, name := range []string{"a", "b", "c"} {
-				rs = append(rs, w.start(name))
+				rs = append(rs, e.start(name))
 			}
-			s := w.create(rs[0], w.richCollection(rs[0], "c", 40), "one")
-			before := w.contents()
+			s := e.create(rs[0], e.richCollection(rs[0], "c", 40), "one")
+			before := e.contents()
 			for _, r := range rs {
 				r.store.SetLatency(time.Duration(rnd.IntN(3000)) * time.Millisecond)
 			}
 			sp := restoreSpecOf(s)
-			job := w.restore(rs[2], sp)
+			job := e.restore(rs[2], sp)
 			frozen := rnd.IntN(3)
 			time.Sleep(time.Duration(rnd.IntN(8000)) * time.Millisecond)
 			switch rnd.IntN(3) {
@@ -236,7 +236,7 @@ func TestRestoreCancelRaces(t *testing.T) {
 			time.Sleep(time.Duration(rnd.IntN(30000)) * time.Millisecond)
 			rs[frozen].kv.Thaw()
 			rs[frozen].store.Thaw()
-			end := w.waitEnded(canceler, job.ID)
+			end := e.waitEnded(canceler, job.ID)
 			outcomes[end.Job.State]++
 			want := copyjob.Completed
 			if cancelErr == nil {
@@ -250,8 +250,8 @@ func TestRestoreCancelRaces(t *testing.T) {
 			for _, r := range rs {
 				r.store.SetLatency(0)
 			}
-			w.checkOutcome(canceler, before, end, sp)
-			w.checkNeverActive(job, end)
+			e.checkOutcome(canceler, before, end, sp)
+			e.checkNeverActive(job, end)
 		})
 	}
 	t.Logf("%v", outcomes)
@@ -262,16 +262,16 @@ func TestRestoreCancelRaces(t *testing.T) {
 
 // TestRestoreDeadline checks that a job is given up at its deadline.
 func TestRestoreDeadline(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
-		before := w.contents()
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
+		before := e.contents()
 		sp := restoreSpecOf(s)
 		sp.Timeout = time.Minute
 		settle()                             // the clocks are compared
 		r.store.SetLatency(45 * time.Second) // copy and verify take longer, removal does not matter
 		began := time.Now()
-		job := w.restore(r, sp)
+		job := e.restore(r, sp)
 		r.store.Plan(nil)
 		for {
 			st, err := r.Jobs.Get(t.Context(), job.ID)
@@ -286,12 +286,12 @@ func TestRestoreDeadline(t *testing.T) {
 		if d := time.Since(began); d < time.Minute || d > 2*time.Minute {
 			t.Errorf("given up after %v", d)
 		}
-		end := w.waitEnded(r, job.ID)
+		end := e.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "TIMEOUT" {
 			t.Errorf("%+v", end.Job)
 		}
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 		r.store.SetLatency(0)
-		w.mustComplete(r, sp)
+		e.mustComplete(r, sp)
 	})
 }

@@ -46,19 +46,19 @@ func comparableSegment(s segment.Segment, partitions, indexes map[int64]string) 
 
 // checkRestored checks that a COMPLETED job made its whole target and nothing else. It
 // reads the stores alone.
-func (w *testEnv) checkRestored(r *testReplica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
-	w.t.Helper()
-	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
-	d, err := r.Describe(w.t.Context(), sp.Snapshot)
+func (e *env) checkRestored(r *testReplica, before storeContents, job *copyjob.Job, sp *RestoreSpec) {
+	e.t.Helper()
+	cat := catalog.New(catalog.Options{KV: e.kv, Now: e.now})
+	d, err := r.Describe(e.t.Context(), sp.Snapshot)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	md := d.Metadata
-	view, err := cat.At(w.t.Context(), job.Target, 0)
+	view, err := cat.At(e.t.Context(), job.Target, 0)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
-	w.checkTarget(&view, md, sp)
+	e.checkTarget(&view, md, sp)
 
 	names, targetNames := map[int64]string{0: ""}, map[int64]string{0: ""}
 	for _, p := range md.Partitions {
@@ -75,7 +75,7 @@ func (w *testEnv) checkRestored(r *testReplica, before storeContents, job *copyj
 		targetIndexes[x.ID] = x.Name
 	}
 	var want, got []segment.Segment
-	for _, s := range w.segments(r, d.Snapshot) {
+	for _, s := range e.segments(r, d.Snapshot) {
 		if s.Partition != 0 && len(sp.Partitions) > 0 && !slices.Contains(sp.Partitions, names[s.Partition]) {
 			continue
 		}
@@ -84,28 +84,28 @@ func (w *testEnv) checkRestored(r *testReplica, before storeContents, job *copyj
 		}
 		want = append(want, s)
 	}
-	if _, err := cat.ScanSegments(w.t.Context(), job.Target, 0, func(batch []segment.Segment) error {
+	if _, err := cat.ScanSegments(e.t.Context(), job.Target, 0, func(batch []segment.Segment) error {
 		got = append(got, batch...)
 		return nil
 	}); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	if len(got) != len(want) {
-		w.t.Fatalf("%d segments, want %d", len(got), len(want))
+		e.t.Fatalf("%d segments, want %d", len(got), len(want))
 	}
 	made := map[string]bool{}
 	ids := map[int64]bool{}
 	for i := range got {
 		source := comparableSegment(want[i], names, indexes)
 		if diff := cmp.Diff(source, comparableSegment(got[i], targetNames, targetIndexes)); diff != "" {
-			w.t.Errorf("segment %d of segment %d: %s", got[i].ID, want[i].ID, diff)
+			e.t.Errorf("segment %d of segment %d: %s", got[i].ID, want[i].ID, diff)
 		}
 		if got[i].State != segment.Flushed {
-			w.t.Errorf("segment %d is %v", got[i].ID, got[i].State)
+			e.t.Errorf("segment %d is %v", got[i].ID, got[i].State)
 		}
 		for _, id := range append([]int64{got[i].ID}, buildIDs(&got[i])...) {
 			if ids[id] || id <= d.Snapshot.ID {
-				w.t.Errorf("id %d is not fresh", id)
+				e.t.Errorf("id %d is not fresh", id)
 			}
 			ids[id] = true
 		}
@@ -116,30 +116,30 @@ func (w *testEnv) checkRestored(r *testReplica, before storeContents, job *copyj
 			n++
 			from, to := view.Collection.Roots[src.Root].Prefix+src.Path, view.Collection.Roots[f.Root].Prefix+f.Path
 			if made[to] || from == to {
-				w.t.Errorf("%s exists twice", to)
+				e.t.Errorf("%s exists twice", to)
 			}
 			made[to] = true
-			if !bytes.Equal(w.readObject(from), w.readObject(to)) {
-				w.t.Errorf("%s differs from %s", to, from)
+			if !bytes.Equal(e.readObject(from), e.readObject(to)) {
+				e.t.Errorf("%s differs from %s", to, from)
 			}
-			if info, err := w.objects.Head(w.t.Context(), to); err != nil || info.ETag != f.ETag || info.Size != f.Size {
-				w.t.Errorf("%s: %+v, err = %v; the catalog says ETag %q", to, info, err, f.ETag)
+			if info, err := e.objects.Head(e.t.Context(), to); err != nil || info.ETag != f.ETag || info.Size != f.Size {
+				e.t.Errorf("%s: %+v, err = %v; the catalog says ETag %q", to, info, err, f.ETag)
 			}
 		}
 	}
-	for _, key := range w.objectsUnder("") {
+	for _, key := range e.objectsUnder("") {
 		if strings.HasPrefix(key, catalog.RestoreDir(job.ID)) { // deleted with the job's record
 			continue
 		}
 		if !made[key] && !before.objects[key] {
-			w.t.Errorf("object %s has no owner", key)
+			e.t.Errorf("object %s has no owner", key)
 		}
 	}
 	for _, prefix := range []string{
 		"/job/task/", "/job/progress/", "/job/limits/", keys.AssignedPrefix, keys.PinPrefix(job.Snapshot),
 	} {
-		for _, key := range w.keysUnder(prefix) {
-			w.t.Errorf("%s is left", key)
+		for _, key := range e.keysUnder(prefix) {
+			e.t.Errorf("%s is left", key)
 		}
 	}
 }
@@ -153,33 +153,33 @@ func buildIDs(s *segment.Segment) []int64 {
 }
 
 // checkTarget checks that the target equals the snapshot except for ids and names.
-func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
-	w.t.Helper()
+func (e *env) checkTarget(view *catalog.View, md *manifest.Metadata, sp *RestoreSpec) {
+	e.t.Helper()
 	src, col := &md.Collection, &view.Collection
 	if col.State != catalog.Active || col.Job != 0 || col.DB != sp.DB || col.Name != sp.Name || col.ID == src.ID {
-		w.t.Errorf("the target is %+v", col)
+		e.t.Errorf("the target is %+v", col)
 	}
 	if len(sp.Properties) == 0 && !maps.Equal(col.Properties, src.Properties) {
-		w.t.Errorf("properties %v, want %v", col.Properties, src.Properties)
+		e.t.Errorf("properties %v, want %v", col.Properties, src.Properties)
 	}
 	if col.Consistency != src.ConsistencyLevel || col.Schema.Format != src.Schema.Format ||
 		!bytes.Equal(col.Schema.Raw, src.Schema.Raw) ||
 		!maps.Equal(col.Attributes, src.Attributes) || col.Layout.String() != src.Layout {
-		w.t.Errorf("target %+v, source %+v", col, src)
+		e.t.Errorf("target %+v, source %+v", col, src)
 	}
 	var fields []manifest.Field
 	for _, f := range col.Schema.Fields {
 		fields = append(fields, manifest.Field(f))
 	}
 	if diff := cmp.Diff(src.Schema.Fields, fields); diff != "" {
-		w.t.Errorf("schema: %s", diff)
+		e.t.Errorf("schema: %s", diff)
 	}
 	var roots []manifest.Root
 	for i, root := range col.Roots {
 		roots = append(roots, manifest.Root{Number: i, Store: root.Store, Prefix: root.Prefix})
 	}
 	if diff := cmp.Diff(md.Roots, roots); diff != "" {
-		w.t.Errorf("roots: %s", diff)
+		e.t.Errorf("roots: %s", diff)
 	}
 	var channels []string
 	checkpoints := map[int]segment.Position{}
@@ -195,15 +195,15 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 		channels = sp.Channels
 	}
 	if !slices.Equal(channels, col.Channels) {
-		w.t.Errorf("channels %q, want %q", col.Channels, channels)
+		e.t.Errorf("channels %q, want %q", col.Channels, channels)
 	}
 	for shard, want := range checkpoints {
 		if diff := cmp.Diff(want, view.Checkpoints[shard].Position); diff != "" {
-			w.t.Errorf("checkpoint of shard %d: %s", shard, diff)
+			e.t.Errorf("checkpoint of shard %d: %s", shard, diff)
 		}
 	}
 	if len(channels) > 0 && len(view.Checkpoints) != len(checkpoints) {
-		w.t.Errorf("checkpoints %v, want %v", view.Checkpoints, checkpoints)
+		e.t.Errorf("checkpoints %v, want %v", view.Checkpoints, checkpoints)
 	}
 	var parts, gotParts []manifest.Partition
 	for _, p := range md.Partitions {
@@ -214,11 +214,11 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 	for _, p := range view.Partitions {
 		gotParts = append(gotParts, manifest.Partition{Name: p.Name, Attributes: p.Attributes})
 		if p.State != catalog.Active {
-			w.t.Errorf("partition %s is %v", p.Name, p.State)
+			e.t.Errorf("partition %s is %v", p.Name, p.State)
 		}
 	}
 	if diff := cmp.Diff(parts, gotParts); diff != "" {
-		w.t.Errorf("partitions: %s", diff)
+		e.t.Errorf("partitions: %s", diff)
 	}
 	var indexes, gotIndexes []manifest.Index
 	for _, x := range md.Indexes {
@@ -232,50 +232,50 @@ func (w *testEnv) checkTarget(view *catalog.View, md *manifest.Metadata, sp *Res
 	}
 	for _, x := range view.Indexes {
 		if x.State != catalog.Active {
-			w.t.Errorf("index %s is %v", x.Name, x.State)
+			e.t.Errorf("index %s is %v", x.Name, x.State)
 		}
 		gotIndexes = append(gotIndexes, manifest.Index{
 			Name: x.Name, Field: x.Field, TypeParams: x.TypeParams, IndexParams: x.IndexParams, Attributes: x.Attributes,
 		})
 	}
 	if diff := cmp.Diff(indexes, gotIndexes); diff != "" {
-		w.t.Errorf("indexes: %s", diff)
+		e.t.Errorf("indexes: %s", diff)
 	}
 }
 
 // checkOutcome checks that a restore ended with everything or with nothing. After a
 // canceled one it restores to the same name again. At the end it drops the snapshot.
-func (w *testEnv) checkOutcome(r *testReplica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
-	w.t.Helper()
+func (e *env) checkOutcome(r *testReplica, before storeContents, end *copyjob.Status, sp *RestoreSpec) {
+	e.t.Helper()
 	switch end.Job.State {
 	case copyjob.Completed:
-		w.checkRestored(r, before, end.Job, sp)
+		e.checkRestored(r, before, end.Job, sp)
 		if end.Fraction != 1 || end.Done != end.Job.Totals {
-			w.t.Errorf("COMPLETED with %+v", end)
+			e.t.Errorf("COMPLETED with %+v", end)
 		}
 	case copyjob.Failed, copyjob.Canceled:
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 		if end.Fraction >= 1 || end.Job.Reason == "" || end.Job.Message == "" {
-			w.t.Errorf("%v with %+v of %+v", end.Job.State, end, end.Job)
+			e.t.Errorf("%v with %+v of %+v", end.Job.State, end, end.Job)
 		}
 	default:
-		w.t.Fatalf("ended %v", end.Job.State)
+		e.t.Fatalf("ended %v", end.Job.State)
 	}
 	if end.Job.State == copyjob.Canceled {
-		w.checkNextRestore(r, before, sp)
+		e.checkNextRestore(r, before, sp)
 	}
-	if _, err := r.Drop(w.t.Context(), request.Token{}, sp.Snapshot, 0); err != nil {
-		w.t.Errorf("drop the snapshot: %v", err)
+	if _, err := r.Drop(e.t.Context(), request.Token{}, sp.Snapshot, 0); err != nil {
+		e.t.Errorf("drop the snapshot: %v", err)
 	}
 }
 
 // checkNextRestore restores to the name of an ended job.
-func (w *testEnv) checkNextRestore(r *testReplica, before storeContents, sp *RestoreSpec) {
-	w.t.Helper()
-	job := w.restore(r, sp)
-	if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
-		w.t.Errorf("the next restore ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+func (e *env) checkNextRestore(r *testReplica, before storeContents, sp *RestoreSpec) {
+	e.t.Helper()
+	job := e.restore(r, sp)
+	if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+		e.t.Errorf("the next restore ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 		return
 	}
-	w.checkRestored(r, before, job, sp)
+	e.checkRestored(r, before, job, sp)
 }

@@ -19,42 +19,42 @@ import (
 
 // restartOn stops the replica and starts another one on a store with the same objects, as
 // after a change of the configuration.
-func (w *testEnv) restartOn(r *testReplica, store object.Store) *testReplica {
+func (e *env) restartOn(r *testReplica, store object.Store) *testReplica {
 	r.stop()
-	w.objects = store
-	return w.start("b", func(o *testOptions) { o.Stores = map[string]object.Store{"default": store} })
+	e.objects = store
+	return e.start("b", func(o *testOptions) { o.Stores = map[string]object.Store{"default": store} })
 }
 
 // checkOtherLayout checks that the plan of a restore, a restore and a create that verifies
 // name the file and report an ETag of another layout.
-func (w *testEnv) checkOtherLayout(
+func (e *env) checkOtherLayout(
 	r *testReplica, s *snapshot.Record, col catalog.Collection, path string, parts ...string,
 ) {
-	w.t.Helper()
+	e.t.Helper()
 	parts = append(parts, path, "ETag of another layout", "no checksum was registered")
 	check := func(what, text string) {
 		for _, part := range parts {
 			if !strings.Contains(text, part) {
-				w.t.Errorf("%s reports %q, want %q in it", what, text, part)
+				e.t.Errorf("%s reports %q, want %q in it", what, text, part)
 			}
 		}
 		if strings.Contains(text, "altered") || strings.Contains(text, "replaced") {
-			w.t.Errorf("%s reports of an equal file: %q", what, text)
+			e.t.Errorf("%s reports of an equal file: %q", what, text)
 		}
 	}
 	sp := restoreSpecOf(s)
-	plan, err := r.PlanRestore(w.t.Context(), sp, true)
+	plan, err := r.PlanRestore(e.t.Context(), sp, true)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	check("the plan", strings.Join(plan.Missing, "; "))
-	end := w.mustFail(r, sp, "SOURCE_ETAG_LAYOUT", path)
+	end := e.mustFail(r, sp, "SOURCE_ETAG_LAYOUT", path)
 	check("the restore", end.Job.Message)
 	verified := spec(col, "verified")
 	verified.Verify = true
-	_, err = r.Create(w.t.Context(), noToken, verified)
+	_, err = r.Create(e.t.Context(), noToken, verified)
 	if !errors.Is(err, ErrFileMissing) {
-		w.t.Fatalf("a create that verifies: err = %v", err)
+		e.t.Fatalf("a create that verifies: err = %v", err)
 	}
 	check("the create", err.Error())
 }
@@ -67,11 +67,11 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 	o := s3test.Bucket(t)
 	o.MultipartThreshold, o.PartSize = 5<<20, 8<<20
 	original := s3test.Open(t, o)
-	w, _, _ := onS3(t)
-	w.objects = original
-	r := w.start("a")
-	col, _, _ := w.collection(r, "c")
-	small, large := w.segment(r, col, 0, 1, 9), w.segment(r, col, 1, 1, 9)
+	e, _, _ := onS3(t)
+	e.objects = original
+	r := e.start("a")
+	col, _, _ := e.collection(r, "c")
+	small, large := e.segment(r, col, 0, 1, 9), e.segment(r, col, 1, 1, 9)
 	put := func(s *segment.Segment, content []byte) {
 		f := &s.Files[0]
 		info, err := original.Put(t.Context(), "data/"+f.Path, content)
@@ -82,9 +82,9 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 	}
 	put(&small, []byte("ten bytes."))
 	put(&large, bytes.Repeat([]byte("x"), size))
-	w.add(r, col, small, large)
-	w.checkpoint(r, col, 10, 10)
-	s := w.create(r, col, "one")
+	e.add(r, col, small, large)
+	e.checkpoint(r, col, 10, 10)
+	s := e.create(r, col, "one")
 
 	copyOf := func(partSize int64) *s3.Store {
 		o := s3test.Bucket(t)
@@ -104,30 +104,30 @@ func TestBucketCopiedInOtherParts(t *testing.T) {
 		}
 		return store
 	}
-	r = w.restartOn(r, copyOf(5<<20))
-	w.checkOtherLayout(r, s, col, large.Files[0].Path, "3 parts", "2 parts", large.Files[0].ETag)
+	r = e.restartOn(r, copyOf(5<<20))
+	e.checkOtherLayout(r, s, col, large.Files[0].Path, "3 parts", "2 parts", large.Files[0].ETag)
 
-	r = w.restartOn(r, copyOf(8<<20))
-	w.mustComplete(r, restoreSpecOf(s))
+	r = e.restartOn(r, copyOf(8<<20))
+	e.mustComplete(r, restoreSpecOf(s))
 }
 
 // TestStoreOfOtherETags uses a store that gives all objects ETags of another layout, as
 // after a move to another kind of store.
 func TestStoreOfOtherETags(t *testing.T) {
 	o := s3test.Bucket(t)
-	w, _, _ := onS3(t)
-	w.objects = s3test.Open(t, o)
-	r := w.start("a")
-	col, _, _ := w.collection(r, "c")
-	seg := w.segment(r, col, 0, 1, 9)
-	w.putFiles(col.ID, &seg)
-	w.add(r, col, seg)
-	w.checkpoint(r, col, 10, 10)
-	s := w.create(r, col, "one")
+	e, _, _ := onS3(t)
+	e.objects = s3test.Open(t, o)
+	r := e.start("a")
+	col, _, _ := e.collection(r, "c")
+	seg := e.segment(r, col, 0, 1, 9)
+	e.putFiles(col.ID, &seg)
+	e.add(r, col, seg)
+	e.checkpoint(r, col, 10, 10)
+	s := e.create(r, col, "one")
 
 	o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.OtherETags()).URL()
-	r = w.restartOn(r, s3test.Open(t, o))
-	w.checkOtherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
+	r = e.restartOn(r, s3test.Open(t, o))
+	e.checkOtherLayout(r, s, col, seg.Files[0].Path, "1 part", seg.Files[0].ETag)
 }
 
 // TestCopyConditionIgnoredLater uses a store that stops to honor the condition of copies
@@ -136,26 +136,26 @@ func TestCopyConditionIgnoredLater(t *testing.T) {
 	for name, parts := range map[string]bool{"whole": false, "in parts": true} {
 		t.Run(name, func(t *testing.T) {
 			o := s3test.Bucket(t)
-			w, _, _ := onS3(t)
+			e, _, _ := onS3(t)
 			direct := s3test.Open(t, o)
-			w.objects = direct
-			r := w.start("a")
-			col, file, content := w.withLarge(r)
+			e.objects = direct
+			r := e.start("a")
+			col, file, content := e.withLarge(r)
 			path := file.Path
 			if !parts {
-				seg := w.segment(r, col, 0, 1, 9)
-				w.putFiles(col.ID, &seg)
-				w.add(r, col, seg)
-				path, content = seg.Files[0].Path, w.readObject("data/"+seg.Files[0].Path)
+				seg := e.segment(r, col, 0, 1, 9)
+				e.putFiles(col.ID, &seg)
+				e.add(r, col, seg)
+				path, content = seg.Files[0].Path, e.readObject("data/"+seg.Files[0].Path)
 			}
-			s := w.create(r, col, "one")
+			s := e.create(r, col, "one")
 			o.Endpoint = s3quirks.New(t, o.Endpoint, s3quirks.Ignores("X-Amz-Copy-Source-If-Match")).URL()
 			r.stop()
-			r = w.start("b", throughProxy(s3test.Open(t, o)))
+			r = e.start("b", throughProxy(s3test.Open(t, o)))
 			if _, err := direct.Put(t.Context(), "data/"+path, bytes.ToUpper(content)); err != nil {
 				t.Fatal(err)
 			}
-			w.mustFail(r, restoreSpecOf(s), "SOURCE_OBJECT_ALTERED", path)
+			e.mustFail(r, restoreSpecOf(s), "SOURCE_OBJECT_ALTERED", path)
 		})
 	}
 }

@@ -51,11 +51,11 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%s %s, ETag known %v", damage.name, kind, known), func(t *testing.T) {
-					inEnv(t, func(t *testing.T, w *testEnv) {
-						r := w.start("a")
-						s := w.create(r, w.richCollection(r, "c", 12), "one")
+					inEnv(t, func(t *testing.T, e *env) {
+						r := e.start("a")
+						s := e.create(r, e.richCollection(r, "c", 12), "one")
 						var path string
-						for _, seg := range w.segments(r, s) {
+						for _, seg := range e.segments(r, s) {
 							for f := range seg.AllFiles() {
 								if f.Kind == kind && (f.ETag != "") == known {
 									path = f.Path
@@ -65,17 +65,17 @@ func TestRestoreOfDamagedFiles(t *testing.T) {
 						if path == "" {
 							t.Fatal("no such file")
 						}
-						good := w.readObject("data/" + path)
-						if err := damage.do(t, w.objects, "data/"+path); err != nil {
+						good := e.readObject("data/" + path)
+						if err := damage.do(t, e.objects, "data/"+path); err != nil {
 							t.Fatal(err)
 						}
 						sp := restoreSpecOf(s)
-						w.mustFail(r, sp, damage.reason, "default/data/"+path)
+						e.mustFail(r, sp, damage.reason, "default/data/"+path)
 						// With the original content the restore completes.
-						if _, err := w.objects.Put(t.Context(), "data/"+path, good); err != nil {
+						if _, err := e.objects.Put(t.Context(), "data/"+path, good); err != nil {
 							t.Fatal(err)
 						}
-						w.checkNextRestore(r, w.contents(), sp)
+						e.checkNextRestore(r, e.contents(), sp)
 					})
 				})
 			}
@@ -93,28 +93,28 @@ func TestRestoreOfDamagedManifests(t *testing.T) {
 			"empty":     func([]byte) []byte { return nil },
 		} {
 			t.Run(name+" "+how, func(t *testing.T) {
-				inEnv(t, func(t *testing.T, w *testEnv) {
-					a := w.start("a")
-					s := w.create(a, w.richCollection(a, "c", 4), "one")
+				inEnv(t, func(t *testing.T, e *env) {
+					a := e.start("a")
+					s := e.create(a, e.richCollection(a, "c", 4), "one")
 					a.stop() // with its cache of manifests
-					b := w.start("b")
+					b := e.start("b")
 					key := manifest.Dir(s.Collection, s.ID) + name
 					if damage == nil {
-						if err := w.objects.Delete(t.Context(), key); err != nil {
+						if err := e.objects.Delete(t.Context(), key); err != nil {
 							t.Fatal(err)
 						}
-					} else if _, err := w.objects.Put(t.Context(), key, damage(w.readObject(key))); err != nil {
+					} else if _, err := e.objects.Put(t.Context(), key, damage(e.readObject(key))); err != nil {
 						t.Fatal(err)
 					}
 					sp := restoreSpecOf(s)
 					if name == manifest.MetadataName {
-						before := w.contents()
+						before := e.contents()
 						_, err := b.Restore(t.Context(), noToken, sp)
 						wantError(t, err, snapshot.ErrCorrupt)
-						w.checkNoTraces(before)
+						e.checkNoTraces(before)
 						return
 					}
-					w.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
+					e.mustFail(b, sp, "SNAPSHOT_CORRUPT", name)
 					sp.SkipIndexes = true // the admission then reads all segments
 					_, err := b.Restore(t.Context(), noToken, sp)
 					wantError(t, err, snapshot.ErrCorrupt)
@@ -131,11 +131,11 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 		for how, fault := range map[string]object.Fault{"flipped": object.FaultFlip, "truncated": object.FaultTruncate} {
 			for _, times := range []int{1, 2, 3, 6, math.MaxInt} {
 				t.Run(fmt.Sprintf("%s %s %d times", name, how, times), func(t *testing.T) {
-					inEnv(t, func(t *testing.T, w *testEnv) {
-						leader := w.start("leader")
+					inEnv(t, func(t *testing.T, e *env) {
+						leader := e.start("leader")
 						settle()
-						r := w.start("r", func(o *testOptions) { o.Parts.Slots = -1 })
-						s := w.create(r, w.richCollection(r, "c", 4), "one")
+						r := e.start("r", func(o *testOptions) { o.Parts.Slots = -1 })
+						s := e.create(r, e.richCollection(r, "c", 4), "one")
 						settle()
 						left := times // from here on only the leader reads it
 						leader.store.Plan(func(c object.Call) object.Fault {
@@ -147,18 +147,18 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 						})
 						sp := restoreSpecOf(s)
 						if times < math.MaxInt {
-							w.mustComplete(r, sp)
+							e.mustComplete(r, sp)
 							if left != 0 {
 								t.Errorf("%d of %d answers were not requested", left, times)
 							}
 							return
 						}
-						w.mustFail(r, sp, "SNAPSHOT_CORRUPT", name)
+						e.mustFail(r, sp, "SNAPSHOT_CORRUPT", name)
 						if reads := times - left; reads < 10 {
 							t.Errorf("given up after %d reads", reads)
 						}
 						leader.clearFaults()
-						w.mustComplete(r, sp)
+						e.mustComplete(r, sp)
 					})
 				})
 			}
@@ -169,30 +169,30 @@ func TestRestoreWithAlteredReads(t *testing.T) {
 // TestRestoreWithoutMetadataObject deletes the metadata object between the admission and
 // prepare, which another replica executes.
 func TestRestoreWithoutMetadataObject(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
-		s := w.create(a, w.richCollection(a, "c", 4), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
+		s := e.create(a, e.richCollection(a, "c", 4), "one")
 		settle()
-		before := w.contents()
+		before := e.contents()
 		key := manifest.Dir(s.Collection, s.ID) + manifest.MetadataName
 		g := newKiller()
 		g.failWrite(a, 3, meta.Before, true) // the writes before it allocate ids and admit the job
-		job := w.restore(a, restoreSpecOf(s))
-		if err := w.objects.Delete(t.Context(), key); err != nil {
+		job := e.restore(a, restoreSpecOf(s))
+		if err := e.objects.Delete(t.Context(), key); err != nil {
 			t.Fatal(err)
 		}
 		delete(before.objects, key)
-		if w.waitEndedOrDead(g) {
+		if e.waitEndedOrDead(g) {
 			t.Fatal("the first replica is not dead")
 		}
 		a.stop()
-		b := w.start("b")
-		end := w.waitEnded(b, job.ID)
+		b := e.start("b")
+		end := e.waitEnded(b, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "SNAPSHOT_CORRUPT" ||
 			!strings.Contains(end.Job.Message, manifest.MetadataName) {
 			t.Errorf("%+v", end.Job)
 		}
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 	})
 }
 
@@ -219,15 +219,15 @@ func (l *falseStore) Copy(ctx context.Context, r object.CopyRequest) (object.Inf
 // TestRestoreVerifiesCopies checks that a copy that was answered but not made is found and
 // repeated.
 func TestRestoreVerifiesCopies(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		l := &falseStore{keyPart: "/of-an-engine/"}
-		r := w.start("a", func(o *testOptions) {
+		r := e.start("a", func(o *testOptions) {
 			l.Store = o.Stores["default"]
 			o.Stores = map[string]object.Store{"default": l}
 		})
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
-		job := w.mustComplete(r, restoreSpecOf(s))
-		end := w.waitEnded(r, job.ID)
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
+		job := e.mustComplete(r, restoreSpecOf(s))
+		end := e.waitEnded(r, job.ID)
 		if !l.answered || end.Retries != 1 {
 			t.Errorf("skipped a copy: %v, %+v", l.answered, end)
 		}

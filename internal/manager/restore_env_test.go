@@ -23,36 +23,36 @@ import (
 )
 
 // filledCollection creates a collection with n segments and writes their files.
-func (w *testEnv) filledCollection(r *testReplica, name string, n int) catalog.Collection {
-	w.t.Helper()
-	col, part, index := w.collection(r, name)
+func (e *env) filledCollection(r *testReplica, name string, n int) catalog.Collection {
+	e.t.Helper()
+	col, part, index := e.collection(r, name)
 	for i := range n {
-		s := w.segment(r, col, i%2, 1, 9)
+		s := e.segment(r, col, i%2, 1, 9)
 		if i%3 == 0 {
 			s.Partition = part.ID
 			s.Files[0].Path = catalog.NativePath(col.ID, &s, &s.Files[0])
 		}
 		if i%4 == 1 {
-			build := segment.Build{ID: w.newID(r), Index: index.ID, Field: 100}
+			build := segment.Build{ID: e.newID(r), Index: index.ID, Field: 100}
 			f := segment.File{Kind: segment.KindIndex, Field: 100, LogID: int64(i), Size: 10}
 			f.Path = catalog.NativePath(col.ID, &s, &f)
 			build.Files = []segment.File{f}
 			s.Builds = []segment.Build{build}
 		}
 		for f := range s.AllFiles() {
-			w.putFile(f.Path)
+			e.putFile(f.Path)
 		}
-		w.add(r, col, s)
+		e.add(r, col, s)
 	}
-	w.checkpoint(r, col, 10, 10)
+	e.checkpoint(r, col, 10, 10)
 	return col
 }
 
 // putFile writes the ten bytes of a file, which depend on its path.
-func (w *testEnv) putFile(path string) {
-	w.t.Helper()
-	if _, err := w.objects.Put(w.t.Context(), "data/"+path, tenBytes(path)); err != nil {
-		w.t.Fatal(err)
+func (e *env) putFile(path string) {
+	e.t.Helper()
+	if _, err := e.objects.Put(e.t.Context(), "data/"+path, tenBytes(path)); err != nil {
+		e.t.Fatal(err)
 	}
 }
 
@@ -72,23 +72,23 @@ func tenBytes(path string) []byte {
 // richCollection creates a collection with two partitions, two indexes and n segments of
 // every form, and writes their files: segments in each partition and in none, with builds,
 // with files of every kind, some across the cut (10), with and without registered ETags.
-func (w *testEnv) richCollection(r *testReplica, name string, n int) catalog.Collection {
-	w.t.Helper()
-	ctx := w.t.Context()
-	col, p0, x0 := w.collection(r, name)
+func (e *env) richCollection(r *testReplica, name string, n int) catalog.Collection {
+	e.t.Helper()
+	ctx := e.t.Context()
+	col, p0, x0 := e.collection(r, name)
 	ref := catalog.Ref{ID: col.ID}
 	p1, err := r.catalog.CreatePartition(ctx, request.Token{}, ref, catalog.Partition{
 		Name: "p1", Attributes: map[string]string{"a": "b"},
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	x1, err := r.catalog.CreateIndex(ctx, request.Token{}, ref, catalog.Index{
 		Name: "x1", Field: 100, TypeParams: map[string]string{"mmap.enabled": "true", "dim": "8"},
 		IndexParams: map[string]string{"index_type": "HNSW"}, Attributes: map[string]string{"c": "d"},
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	kinds := []string{
 		segment.KindDelta, segment.KindStats, segment.KindBM25, segment.KindText, segment.KindJSON, "of-an-engine",
@@ -99,7 +99,7 @@ func (w *testEnv) richCollection(r *testReplica, name string, n int) catalog.Col
 		if i%5 == 3 {
 			to = 15 // straddles
 		}
-		s := w.segment(r, col, i%2, 1, to)
+		s := e.segment(r, col, i%2, 1, to)
 		s.Partition = []int64{p0.ID, p1.ID, 0}[i%3]
 		s.EngineData, s.Attributes = []byte{byte(i), 0}, map[string]string{"i": fmt.Sprint(i)}
 		s.Files = append(s.Files, segment.File{
@@ -109,12 +109,12 @@ func (w *testEnv) richCollection(r *testReplica, name string, n int) catalog.Col
 		if i%4 == 1 {
 			for _, x := range []catalog.Index{x0, x1} {
 				s.Builds = append(s.Builds, segment.Build{
-					ID: w.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"n": fmt.Sprint(i)},
+					ID: e.newID(r), Index: x.ID, Field: 100, Params: map[string]string{"n": fmt.Sprint(i)},
 					Files: []segment.File{{Kind: segment.KindIndex, Field: 100, LogID: int64(i), Size: 10}},
 				})
 			}
 		}
-		w.putFiles(col.ID, &s)
+		e.putFiles(col.ID, &s)
 		if i%12 < 6 { // not registered
 			for f := range s.AllFiles() {
 				f.ETag = ""
@@ -122,14 +122,14 @@ func (w *testEnv) richCollection(r *testReplica, name string, n int) catalog.Col
 		}
 		list = append(list, s)
 	}
-	w.add(r, col, list...)
-	w.checkpoint(r, col, 10, 10)
+	e.add(r, col, list...)
+	e.checkpoint(r, col, 10, 10)
 	return col
 }
 
 // putFiles sets the paths of a segment's files and writes them.
-func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
-	w.t.Helper()
+func (e *env) putFiles(collection int64, s *segment.Segment) {
+	e.t.Helper()
 	for i := range s.Files {
 		s.Files[i].Path = catalog.NativePath(collection, s, &s.Files[i])
 	}
@@ -140,9 +140,9 @@ func (w *testEnv) putFiles(collection int64, s *segment.Segment) {
 		}
 	}
 	for f := range s.AllFiles() {
-		info, err := w.objects.Put(w.t.Context(), "data/"+f.Path, tenBytes(f.Path))
+		info, err := e.objects.Put(e.t.Context(), "data/"+f.Path, tenBytes(f.Path))
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		f.ETag = info.ETag
 	}
@@ -154,73 +154,73 @@ func restoreSpecOf(s *snapshot.Record) *RestoreSpec {
 }
 
 // restore starts a restore.
-func (w *testEnv) restore(r *testReplica, sp *RestoreSpec) *copyjob.Job {
-	w.t.Helper()
-	job, err := r.Restore(w.t.Context(), request.Token{}, sp)
+func (e *env) restore(r *testReplica, sp *RestoreSpec) *copyjob.Job {
+	e.t.Helper()
+	job, err := r.Restore(e.t.Context(), request.Token{}, sp)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return job
 }
 
 // mustRestore repeats a restore with its token until it is answered.
-func (w *testEnv) mustRestore(r *testReplica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
-	w.t.Helper()
+func (e *env) mustRestore(r *testReplica, tok request.Token, sp *RestoreSpec) *copyjob.Job {
+	e.t.Helper()
 	for {
-		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(e.t.Context(), time.Minute)
 		job, err := r.Restore(ctx, tok, sp)
 		cancel()
 		if err == nil {
 			return job
 		}
 		if !errors.Is(err, meta.ErrUnavailable) && !errors.Is(err, object.ErrUnavailable) {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		time.Sleep(time.Second)
 	}
 }
 
 // waitEnded waits for the end of a job.
-func (w *testEnv) waitEnded(r *testReplica, id int64) *copyjob.Status {
-	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.t.Context(), time.Hour)
+func (e *env) waitEnded(r *testReplica, id int64) *copyjob.Status {
+	e.t.Helper()
+	ctx, cancel := context.WithTimeout(e.t.Context(), time.Hour)
 	defer cancel()
 	var last *copyjob.Status
 	if err := r.Jobs.Watch(ctx, id, time.Millisecond, func(s *copyjob.Status) error {
 		last = s
 		return nil
 	}); err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	return last
 }
 
 // waitAssigned waits until a task is assigned.
-func (w *testEnv) waitAssigned() {
-	w.t.Helper()
+func (e *env) waitAssigned() {
+	e.t.Helper()
 	for range 1000 {
 		settle()
-		if len(w.keysUnder(keys.AssignedPrefix)) > 0 {
+		if len(e.keysUnder(keys.AssignedPrefix)) > 0 {
 			return
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	w.t.Fatal("no task is assigned")
+	e.t.Fatal("no task is assigned")
 }
 
 // jobs returns all jobs.
-func (w *testEnv) jobs() []*copyjob.Job {
-	w.t.Helper()
+func (e *env) jobs() []*copyjob.Job {
+	e.t.Helper()
 	from, to := meta.Prefix(keys.JobPrefix)
-	res, err := w.kv.Range(w.t.Context(), meta.Range{From: from, To: to})
+	res, err := e.kv.Range(e.t.Context(), meta.Range{From: from, To: to})
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	var list []*copyjob.Job
 	for _, kv := range res.KVs {
 		job, err := copyjob.DecodeJob(kv)
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		list = append(list, job)
 	}
@@ -241,13 +241,13 @@ type storeContents struct {
 }
 
 // contents returns the keys of both stores.
-func (w *testEnv) contents() storeContents {
-	w.t.Helper()
+func (e *env) contents() storeContents {
+	e.t.Helper()
 	tr := storeContents{map[string]bool{}, map[string]bool{}}
-	for _, key := range w.keysUnder("/") {
+	for _, key := range e.keysUnder("/") {
 		tr.keys[key] = true
 	}
-	for _, key := range w.objectsUnder("") {
+	for _, key := range e.objectsUnder("") {
 		tr.objects[key] = true
 	}
 	return tr
@@ -260,9 +260,9 @@ var transientKeys = []string{
 }
 
 // checkNoTraces checks that the stores are as they were before a restore.
-func (w *testEnv) checkNoTraces(before storeContents) {
-	w.t.Helper()
-	after := w.contents()
+func (e *env) checkNoTraces(before storeContents) {
+	e.t.Helper()
+	after := e.contents()
 	ignore := func(key string, _ bool) bool {
 		return slices.ContainsFunc(transientKeys, func(p string) bool { return strings.HasPrefix(key, p) })
 	}
@@ -270,52 +270,52 @@ func (w *testEnv) checkNoTraces(before storeContents) {
 	was := maps.Clone(before.keys)
 	maps.DeleteFunc(was, ignore)
 	if diff := cmp.Diff(was, after.keys); diff != "" {
-		w.t.Errorf("keys differ: %s", diff)
+		e.t.Errorf("keys differ: %s", diff)
 	}
 	if diff := cmp.Diff(before.objects, after.objects); diff != "" {
-		w.t.Errorf("objects differ: %s", diff)
+		e.t.Errorf("objects differ: %s", diff)
 	}
 }
 
 // readObject reads an object.
-func (w *testEnv) readObject(key string) []byte {
-	w.t.Helper()
-	body, _, err := w.objects.Get(w.t.Context(), key, 0, -1)
+func (e *env) readObject(key string) []byte {
+	e.t.Helper()
+	body, _, err := e.objects.Get(e.t.Context(), key, 0, -1)
 	if err != nil {
-		w.t.Errorf("read %s: %v", key, err)
+		e.t.Errorf("read %s: %v", key, err)
 		return nil
 	}
 	defer func() { _ = body.Close() }()
 	data, err := io.ReadAll(body)
 	if err != nil {
-		w.t.Errorf("read %s: %v", key, err)
+		e.t.Errorf("read %s: %v", key, err)
 	}
 	return data
 }
 
 // mustComplete restores, and checks that the job completes with its whole target.
-func (w *testEnv) mustComplete(r *testReplica, sp *RestoreSpec) *copyjob.Job {
-	w.t.Helper()
-	before := w.contents()
-	job := w.restore(r, sp)
-	end := w.waitEnded(r, job.ID)
+func (e *env) mustComplete(r *testReplica, sp *RestoreSpec) *copyjob.Job {
+	e.t.Helper()
+	before := e.contents()
+	job := e.restore(r, sp)
+	end := e.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Completed {
-		w.t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
+		e.t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 	}
-	w.checkRestored(r, before, end.Job, sp)
+	e.checkRestored(r, before, end.Job, sp)
 	return end.Job
 }
 
 // mustFail restores, and checks that the job fails by a reason, with a message that
 // contains names, and leaves nothing.
-func (w *testEnv) mustFail(r *testReplica, sp *RestoreSpec, reason, names string) *copyjob.Status {
-	w.t.Helper()
-	before := w.contents()
-	job := w.restore(r, sp)
-	end := w.waitEnded(r, job.ID)
+func (e *env) mustFail(r *testReplica, sp *RestoreSpec, reason, names string) *copyjob.Status {
+	e.t.Helper()
+	before := e.contents()
+	job := e.restore(r, sp)
+	end := e.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
-		w.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+		e.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
-	w.checkNoTraces(before)
+	e.checkNoTraces(before)
 	return end
 }

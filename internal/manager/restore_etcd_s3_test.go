@@ -42,13 +42,13 @@ func (k smallParts) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error)
 // TestRestoreOnEtcdAndS3 restores on etcd and S3, small files and one in parts: without
 // faults, with refusals of an overloaded store, and with an altered file.
 func TestRestoreOnEtcdAndS3(t *testing.T) {
-	w, through, proxy := onS3(t)
-	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
-	r := w.start("a", func(o *testOptions) {
+	e, through, proxy := onS3(t)
+	e.kv, e.memory = etcdtest.Shared(t).KV(t), nil
+	r := e.start("a", func(o *testOptions) {
 		o.Stores, o.KV = map[string]object.Store{"default": through}, smallParts{o.KV}
 	})
-	col := w.richCollection(r, "c", 40)
-	large := w.segment(r, col, 0, 1, 9)
+	col := e.richCollection(r, "c", 40)
+	large := e.segment(r, col, 0, 1, 9)
 	f := &large.Files[0]
 	f.Size = 12<<20 + 5
 	f.Path = catalog.NativePath(col.ID, &large, f)
@@ -56,16 +56,16 @@ func TestRestoreOnEtcdAndS3(t *testing.T) {
 	if _, err := rand.NewChaCha8([32]byte{1}).Read(content); err != nil {
 		t.Fatal(err)
 	}
-	info, err := w.objects.Put(t.Context(), "data/"+f.Path, content)
+	info, err := e.objects.Put(t.Context(), "data/"+f.Path, content)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.ETag = info.ETag
-	w.add(r, col, large)
-	s := w.create(r, col, "one")
+	e.add(r, col, large)
+	s := e.create(r, col, "one")
 
 	sp := restoreSpecOf(s)
-	job := w.mustComplete(r, sp)
+	job := e.mustComplete(r, sp)
 	var copied []segment.Segment
 	if _, err := r.catalog.ScanSegments(t.Context(), job.Target, 0, func(batch []segment.Segment) error {
 		copied = append(copied, batch...)
@@ -74,7 +74,7 @@ func TestRestoreOnEtcdAndS3(t *testing.T) {
 		t.Fatal(err)
 	}
 	last := &copied[len(copied)-1].Files[0]
-	if !strings.HasSuffix(last.ETag, "-3") || !bytes.Equal(w.readObject("data/"+last.Path), content) {
+	if !strings.HasSuffix(last.ETag, "-3") || !bytes.Equal(e.readObject("data/"+last.Path), content) {
 		t.Errorf("the large file was copied as %+v", last)
 	}
 
@@ -82,7 +82,7 @@ func TestRestoreOnEtcdAndS3(t *testing.T) {
 	proxy.Plan(s3fault.Rule{Skip: 5, Times: 30, Action: s3fault.Status(503, "SlowDown")})
 	sp.Name = "overloaded"
 	began := time.Now()
-	w.mustComplete(r, sp)
+	e.mustComplete(r, sp)
 	t.Logf("on an overloaded store it took %v", time.Since(began))
 	if proxy.Fired() == 0 {
 		t.Error("no fault happened")
@@ -90,12 +90,12 @@ func TestRestoreOnEtcdAndS3(t *testing.T) {
 	proxy.Plan()
 
 	content[len(content)/2] ^= 1
-	if _, err := w.objects.Put(t.Context(), "data/"+f.Path, content); err != nil {
+	if _, err := e.objects.Put(t.Context(), "data/"+f.Path, content); err != nil {
 		t.Fatal(err)
 	}
 	sp.Name = "altered"
-	w.mustFail(r, sp, "SOURCE_OBJECT_ALTERED", f.Path)
-	if n, err := w.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
+	e.mustFail(r, sp, "SOURCE_OBJECT_ALTERED", f.Path)
+	if n, err := e.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
 		t.Errorf("%d uploads are open, err = %v", n, err)
 	}
 	if err := dropErr(r, s); err != nil {

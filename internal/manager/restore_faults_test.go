@@ -23,18 +23,18 @@ type faultCase struct {
 
 // run reports whether the fault happened.
 func (d faultCase) run(t *testing.T, what string) (fired bool) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
-		col := w.richCollection(a, "c", d.segments)
-		s := w.create(a, col, "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
+		col := e.richCollection(a, "c", d.segments)
+		s := e.create(a, col, "one")
 		if d.missing {
-			list := w.segments(a, s)
-			if err := w.objects.Delete(t.Context(), "data/"+list[len(list)-1].Files[0].Path); err != nil {
+			list := e.segments(a, s)
+			if err := e.objects.Delete(t.Context(), "data/"+list[len(list)-1].Files[0].Path); err != nil {
 				t.Fatal(err)
 			}
 		}
 		settle()
-		before := w.contents()
+		before := e.contents()
 		sp, tok := restoreSpecOf(s), token("t", "restore")
 		if d.cancel {
 			a.store.SetLatency(time.Second) // so that the cancel meets its copies
@@ -52,15 +52,15 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		}
 		r := a
 		if err != nil && !g.isDead() {
-			w.mustRestore(a, tok, sp)
+			e.mustRestore(a, tok, sp)
 		}
-		if g.isDead() || !w.waitEndedOrDead(g) {
+		if g.isDead() || !e.waitEndedOrDead(g) {
 			a.stop()
-			r = w.start("b")
+			r = e.start("b")
 		}
 		fired = g.faults() > 0
 		a.clearFaults()
-		job = w.mustRestore(r, tok, sp)
+		job = e.mustRestore(r, tok, sp)
 		ended := false // before the cancel
 		if d.cancel {
 			if _, err := r.Jobs.Cancel(t.Context(), job.ID); errors.Is(err, copyjob.ErrEnded) {
@@ -69,7 +69,7 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 				t.Error(err)
 			}
 		}
-		end := w.waitEnded(r, job.ID)
+		end := e.waitEnded(r, job.ID)
 		settle()
 		want := copyjob.Completed
 		switch {
@@ -81,10 +81,10 @@ func (d faultCase) run(t *testing.T, what string) (fired bool) {
 		if end.Job.State != want {
 			t.Errorf("%s: ended %v: %s: %s", what, end.Job.State, end.Job.Reason, end.Job.Message)
 		}
-		if n := len(w.jobs()); n != 1 {
+		if n := len(e.jobs()); n != 1 {
 			t.Errorf("%s: %d jobs", what, n)
 		}
-		w.checkOutcome(r, before, end, sp)
+		e.checkOutcome(r, before, end, sp)
 		if t.Failed() {
 			t.Errorf("at %s", what)
 		}

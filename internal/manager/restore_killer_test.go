@@ -103,19 +103,19 @@ func (r *testReplica) clearFaults() {
 
 // waitEndedOrDead waits until the last job has ended, and returns true, or until the
 // replica is dead, and returns false.
-func (w *testEnv) waitEndedOrDead(g *killer) bool {
-	w.t.Helper()
+func (e *env) waitEndedOrDead(g *killer) bool {
+	e.t.Helper()
 	deadline := time.Now().Add(2 * time.Hour)
 	for {
 		settle()
 		if g.isDead() {
 			return false
 		}
-		if jobs := w.jobs(); len(jobs) > 0 && jobs[len(jobs)-1].State.Ended() {
+		if jobs := e.jobs(); len(jobs) > 0 && jobs[len(jobs)-1].State.Ended() {
 			return true
 		}
 		if time.Now().After(deadline) {
-			w.t.Fatalf("the job does not end: %+v", w.jobs())
+			e.t.Fatalf("the job does not end: %+v", e.jobs())
 		}
 		time.Sleep(100 * time.Millisecond)
 	}

@@ -15,10 +15,10 @@ import (
 // TestRestoreWithStoreDown takes the object store down in phase copy, for days and for a
 // while.
 func TestRestoreWithStoreDown(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
-		before := w.contents()
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
+		before := e.contents()
 		down := func(ops ...object.Op) {
 			r.store.Plan(func(c object.Call) object.Fault {
 				if slices.Contains(ops, c.Op) {
@@ -32,7 +32,7 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		// For days: after one day the job is given up, and the claim stays until the store
 		// answers deletes.
 		down(object.OpCopy)
-		job := w.restore(r, sp)
+		job := e.restore(r, sp)
 		settle() // until it is prepared
 		down(object.OpCopy, object.OpDelete, object.OpList)
 		time.Sleep(23 * time.Hour)
@@ -52,16 +52,16 @@ func TestRestoreWithStoreDown(t *testing.T) {
 		}
 		wantError(t, dropErr(r, s), ErrSnapshotPinned)
 		down(object.OpCopy)
-		end := w.waitEnded(r, job.ID)
+		end := e.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "STALLED" ||
 			!strings.Contains(end.Job.Message, "injected fault") ||
 			!strings.Contains(end.Job.Message, "no file was finished for 24h") {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 
 		// For a while: the restore completes.
-		job = w.restore(r, sp)
+		job = e.restore(r, sp)
 		time.Sleep(3 * time.Second)
 		settle()
 		st, err = r.Jobs.Get(t.Context(), job.ID)
@@ -70,10 +70,10 @@ func TestRestoreWithStoreDown(t *testing.T) {
 			t.Fatalf("%+v of %+v, err = %v", st, st.Job, err)
 		}
 		r.clearFaults()
-		if end = w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed || end.Retries == 0 || end.LastError != "" {
+		if end = e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed || end.Retries == 0 || end.LastError != "" {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.checkRestored(r, before, job, sp)
+		e.checkRestored(r, before, job, sp)
 	})
 }
 
@@ -83,9 +83,9 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 	for _, outage := range []time.Duration{time.Minute, 4 * time.Minute, 10 * time.Minute, 5 * time.Hour, 23 * time.Hour} {
 		for _, after := range []int{0, 30} { // copies
 			t.Run(fmt.Sprintf("%v after %d copies", outage, after), func(t *testing.T) {
-				inEnv(t, func(t *testing.T, w *testEnv) {
-					r := w.start("a", atLeisure, func(o *testOptions) { o.Parts.Collector.Off = true })
-					s := w.create(r, w.richCollection(r, "c", 40), "one")
+				inEnv(t, func(t *testing.T, e *env) {
+					r := e.start("a", atLeisure, func(o *testOptions) { o.Parts.Collector.Off = true })
+					s := e.create(r, e.richCollection(r, "c", 40), "one")
 					copies, began := 0, time.Time{}
 					r.store.Plan(func(c object.Call) object.Fault {
 						if c.Op == object.OpCopy {
@@ -100,18 +100,18 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 						}
 						return object.FaultNone
 					})
-					before := w.contents()
-					job := w.restore(r, restoreSpecOf(s))
+					before := e.contents()
+					job := e.restore(r, restoreSpecOf(s))
 					time.Sleep(outage - time.Second)
 					settle()
-					if n := len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))); n < after/2 {
+					if n := len(e.objectsUnder(fmt.Sprintf("data/%d/", job.Target))); n < after/2 {
 						t.Errorf("%d objects of the target exist during the outage", n)
 					}
-					end := w.waitEnded(r, job.ID)
+					end := e.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Completed {
 						t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.checkRestored(r, before, end.Job, restoreSpecOf(s))
+					e.checkRestored(r, before, end.Job, restoreSpecOf(s))
 				})
 			})
 		}
@@ -119,33 +119,33 @@ func TestRestoreOutlastsOutages(t *testing.T) {
 }
 
 // mustFailAfter restores, and checks that the job fails after a time and not before.
-func (w *testEnv) mustFailAfter(r *testReplica, sp *RestoreSpec, after time.Duration, reason, names string) {
-	w.t.Helper()
-	before := w.contents()
-	job := w.restore(r, sp)
+func (e *env) mustFailAfter(r *testReplica, sp *RestoreSpec, after time.Duration, reason, names string) {
+	e.t.Helper()
+	before := e.contents()
+	job := e.restore(r, sp)
 	time.Sleep(after - time.Second)
 	settle()
-	st, err := r.Jobs.Get(w.t.Context(), job.ID)
+	st, err := r.Jobs.Get(e.t.Context(), job.ID)
 	if err != nil || st.Job.State != copyjob.Executing || st.Job.Phase != copyjob.Copy {
-		w.t.Fatalf("%+v, err = %v", st, err)
+		e.t.Fatalf("%+v, err = %v", st, err)
 	}
-	for n := 0; n < 100 && !w.jobs()[0].State.Ended(); n++ { // each finished file extends the wait
+	for n := 0; n < 100 && !e.jobs()[0].State.Ended(); n++ { // each finished file extends the wait
 		time.Sleep(time.Hour)
 		settle()
 	}
-	end := w.waitEnded(r, job.ID)
+	end := e.waitEnded(r, job.ID)
 	if end.Job.State != copyjob.Failed || end.Job.Reason != reason || !strings.Contains(end.Job.Message, names) {
-		w.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
+		e.t.Errorf("ended %v: %s: %s; want %s with %q", end.Job.State, end.Job.Reason, end.Job.Message, reason, names)
 	}
-	w.checkNoTraces(before)
+	e.checkNoTraces(before)
 }
 
 // TestRestoreWaitsUntilItsDeadline checks that the job's deadline ends a wait for the
 // store.
 func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
-	inEnv(t, func(_ *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 4), "one")
+	inEnv(t, func(_ *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 4), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy {
 				return object.FaultBefore
@@ -154,23 +154,23 @@ func TestRestoreWaitsUntilItsDeadline(t *testing.T) {
 		})
 		sp := restoreSpecOf(s)
 		sp.Timeout = 2 * time.Hour
-		w.mustFailAfter(r, sp, 2*time.Hour, "TIMEOUT", "deadline")
+		e.mustFailAfter(r, sp, 2*time.Hour, "TIMEOUT", "deadline")
 	})
 }
 
 // TestRestoreStallsDespiteRepeats has one file that is never copied: repeated copies of
 // the other files are no progress.
 func TestRestoreStallsDespiteRepeats(t *testing.T) {
-	inEnv(t, func(_ *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.StallTimeout = 2 * time.Hour })
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
+	inEnv(t, func(_ *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.StallTimeout = 2 * time.Hour })
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
 		r.store.Plan(func(c object.Call) object.Fault {
 			if c.Op == object.OpCopy && strings.Contains(c.Keys[0], "/of-an-engine/") {
 				return object.FaultBefore
 			}
 			return object.FaultNone
 		})
-		w.mustFailAfter(r, restoreSpecOf(s), 2*time.Hour, "STALLED", "of-an-engine")
+		e.mustFailAfter(r, restoreSpecOf(s), 2*time.Hour, "STALLED", "of-an-engine")
 	})
 }
 
@@ -181,14 +181,14 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 		time.Second, 3 * time.Second, 7 * time.Second, 30 * time.Second, 5 * time.Minute,
 	} {
 		t.Run(down.String(), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a")
-				s := w.create(r, w.richCollection(r, "c", 12), "one")
-				before := w.contents()
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a")
+				s := e.create(r, e.richCollection(r, "c", 12), "one")
+				before := e.contents()
 				sp := restoreSpecOf(s)
 				r.store.SetLatency(300 * time.Millisecond)
-				job := w.restore(r, sp)
-				w.waitAssigned()
+				job := e.restore(r, sp)
+				e.waitAssigned()
 				g := newKiller()
 				g.fire(true) // all calls fail from now on
 				g.failWrite(r, -1, 0, false)
@@ -199,7 +199,7 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 				if err != nil || end.Job.State != copyjob.Completed {
 					t.Fatalf("%+v, err = %v", end, err)
 				}
-				w.checkRestored(r, before, job, sp)
+				e.checkRestored(r, before, job, sp)
 			})
 		})
 	}
@@ -208,14 +208,14 @@ func TestRestoreWithoutMetadataStore(t *testing.T) {
 // TestRestoreInterruptedByTheMetadataStore makes only transactions fail, so that the task
 // cannot end and the worker keeps its lease.
 func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
-		before := w.contents()
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
+		before := e.contents()
 		sp := restoreSpecOf(s)
 		r.store.SetLatency(time.Second)
-		job := w.restore(r, sp)
-		w.waitAssigned()
+		job := e.restore(r, sp)
+		e.waitAssigned()
 		g := newKiller()
 		failAllWrites(g, r)
 		time.Sleep(time.Minute)
@@ -225,6 +225,6 @@ func TestRestoreInterruptedByTheMetadataStore(t *testing.T) {
 		if err != nil || end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v of %+v, err = %v", end, end.Job, err)
 		}
-		w.checkRestored(r, before, job, sp)
+		e.checkRestored(r, before, job, sp)
 	})
 }

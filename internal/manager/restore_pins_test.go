@@ -17,8 +17,8 @@ import (
 
 // alterUnpinned replaces the files without a registered ETag by others of the same size,
 // and returns their original content.
-func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
-	w.t.Helper()
+func (e *env) alterUnpinned(segments []segment.Segment) map[string][]byte {
+	e.t.Helper()
 	was := map[string][]byte{}
 	for i := range segments {
 		for f := range segments[i].AllFiles() {
@@ -26,9 +26,9 @@ func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 				continue
 			}
 			key := "data/" + f.Path
-			was[key] = w.readObject(key)
-			if _, err := w.objects.Put(w.t.Context(), key, bytes.Map(func(r rune) rune { return r ^ 1 }, was[key])); err != nil {
-				w.t.Fatal(err)
+			was[key] = e.readObject(key)
+			if _, err := e.objects.Put(e.t.Context(), key, bytes.Map(func(r rune) rune { return r ^ 1 }, was[key])); err != nil {
+				e.t.Fatal(err)
 			}
 		}
 	}
@@ -36,16 +36,16 @@ func (w *testEnv) alterUnpinned(segments []segment.Segment) map[string][]byte {
 }
 
 // filePairs maps the keys of a snapshot's files to those of the restored collection.
-func (w *testEnv) filePairs(segments []segment.Segment, target int64) map[string]string {
-	w.t.Helper()
+func (e *env) filePairs(segments []segment.Segment, target int64) map[string]string {
+	e.t.Helper()
 	var got []segment.Segment
-	cat := catalog.New(catalog.Options{KV: w.kv, Now: w.now})
-	_, err := cat.ScanSegments(w.t.Context(), target, 0, func(batch []segment.Segment) error {
+	cat := catalog.New(catalog.Options{KV: e.kv, Now: e.now})
+	_, err := cat.ScanSegments(e.t.Context(), target, 0, func(batch []segment.Segment) error {
 		got = append(got, batch...)
 		return nil
 	})
 	if err != nil || len(got) != len(segments) {
-		w.t.Fatalf("%d segments of %d, err = %v", len(got), len(segments), err)
+		e.t.Fatalf("%d segments of %d, err = %v", len(got), len(segments), err)
 	}
 	pairs := map[string]string{}
 	for i := range got {
@@ -68,35 +68,35 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 	failed, completed := 0, 0
 	for _, fault := range []object.Fault{object.FaultBefore, object.FaultAfter} {
 		forEachFault(t, 200, func(n int) (fired bool) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				a := w.start("a")
-				s := w.create(a, w.richCollection(a, "c", 5), "one")
+			inEnv(t, func(t *testing.T, e *env) {
+				a := e.start("a")
+				s := e.create(a, e.richCollection(a, "c", 5), "one")
 				settle()
-				before := w.contents()
-				segments := w.segments(a, s)
+				before := e.contents()
+				segments := e.segments(a, s)
 				g := newKiller()
 				g.failRequest(a, n, fault, 1, true)
 				sp, tok := restoreSpecOf(s), token("t", "restore")
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				_, err := a.Restore(ctx, tok, sp)
 				cancel()
-				if err == nil && w.waitEndedOrDead(g) {
+				if err == nil && e.waitEndedOrDead(g) {
 					return
 				}
 				fired = true
 				a.stop()
-				copied := len(w.contents().objects) > len(before.objects)+1 // one is the pins
-				was := w.alterUnpinned(segments)
-				b := w.start("b")
-				job := w.mustRestore(b, tok, sp)
-				end := w.waitEnded(b, job.ID)
+				copied := len(e.contents().objects) > len(before.objects)+1 // one is the pins
+				was := e.alterUnpinned(segments)
+				b := e.start("b")
+				job := e.mustRestore(b, tok, sp)
+				end := e.waitEnded(b, job.ID)
 				settle()
 				switch end.Job.State {
 				case copyjob.Completed:
 					completed++
-					pairs := w.filePairs(segments, job.Target)
+					pairs := e.filePairs(segments, job.Target)
 					for from, content := range was {
-						if copied && !bytes.Equal(w.readObject(pairs[from]), content) {
+						if copied && !bytes.Equal(e.readObject(pairs[from]), content) {
 							t.Errorf("request %d, fault %v: COMPLETED with altered bytes of %s", n, fault, from)
 						}
 					}
@@ -109,7 +109,7 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 					if end.Job.Reason != "SOURCE_OBJECT_ALTERED" || !named {
 						t.Errorf("request %d, fault %v: %s: %s", n, fault, end.Job.Reason, end.Job.Message)
 					}
-					w.checkNoTraces(before)
+					e.checkNoTraces(before)
 				default:
 					t.Errorf("request %d, fault %v: %v", n, fault, end.Job.State)
 				}
@@ -127,38 +127,38 @@ func TestRestoreOfFilesAlteredBetweenAttempts(t *testing.T) {
 // forgotten, that files with a registered ETag have none, and that late pins of a frozen
 // worker are swept.
 func TestRestoreKeepsPins(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", atLeisure)
-		col := w.richCollection(a, "c", 100) // four tasks
-		s := w.create(a, col, "one")
-		job := w.mustComplete(a, restoreSpecOf(s))
-		list := w.objectsUnder(catalog.RestorePrefix)
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a", atLeisure)
+		col := e.richCollection(a, "c", 100) // four tasks
+		s := e.create(a, col, "one")
+		job := e.mustComplete(a, restoreSpecOf(s))
+		list := e.objectsUnder(catalog.RestorePrefix)
 		if len(list) != 4 || list[0] != fmt.Sprintf("gc/restore/%d/pins-0-0.json", job.ID) {
 			t.Errorf("%v", list)
 		}
-		again := w.create(a, catalog.Collection{ID: job.Target}, "two") // all of its ETags are registered
+		again := e.create(a, catalog.Collection{ID: job.Target}, "two") // all of its ETags are registered
 		sp := restoreSpecOf(again)
 		sp.Name = "second"
-		w.mustComplete(a, sp)
-		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
+		e.mustComplete(a, sp)
+		if more := e.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
 			t.Errorf("%v", more)
 		}
 		time.Sleep(6 * 24 * time.Hour)
 		settle()
-		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
+		if more := e.objectsUnder(catalog.RestorePrefix); len(more) != 4 {
 			t.Errorf("%v, after six days", more)
 		}
 		time.Sleep(2 * 24 * time.Hour)
 		settle()
-		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 0 || len(w.keysUnder(keys.JobPrefix)) != 0 {
+		if more := e.objectsUnder(catalog.RestorePrefix); len(more) != 0 || len(e.keysUnder(keys.JobPrefix)) != 0 {
 			t.Errorf("%v, after eight days", more)
 		}
-		if _, err := w.objects.Put(t.Context(), catalog.PinsKey(job.ID, 3, 0), []byte("late")); err != nil {
+		if _, err := e.objects.Put(t.Context(), catalog.PinsKey(job.ID, 3, 0), []byte("late")); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(26 * time.Hour)
 		settle()
-		if more := w.objectsUnder(catalog.RestorePrefix); len(more) != 0 {
+		if more := e.objectsUnder(catalog.RestorePrefix); len(more) != 0 {
 			t.Errorf("%v, after a sweep", more)
 		}
 	})
@@ -168,9 +168,9 @@ func TestRestoreKeepsPins(t *testing.T) {
 // file is copied by altered pins.
 func TestRestoreWithAlteredPins(t *testing.T) {
 	for _, fault := range []object.Fault{object.FaultFlip, object.FaultTruncate} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
-			a := w.start("a")
-			s := w.create(a, w.richCollection(a, "c", 5), "one")
+		inEnv(t, func(t *testing.T, e *env) {
+			a := e.start("a")
+			s := e.create(a, e.richCollection(a, "c", 5), "one")
 			left, copies := 3, 0
 			a.store.Plan(func(c object.Call) object.Fault {
 				switch {
@@ -183,7 +183,7 @@ func TestRestoreWithAlteredPins(t *testing.T) {
 				}
 				return object.FaultNone
 			})
-			w.mustComplete(a, restoreSpecOf(s))
+			e.mustComplete(a, restoreSpecOf(s))
 			if left != 0 {
 				t.Errorf("fault %v: %d altered answers were not requested", fault, left)
 			}

@@ -28,10 +28,10 @@ func (kv *namedFaults) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, err
 // TestRestoreProblems checks that workers that cannot register and tasks that cannot be
 // assigned are in the list of problems, and end when nothing is left to assign.
 func TestRestoreProblems(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		faults, problems := &namedFaults{}, lasting.New(time.Now)
 		faults.name.Store("restore.worker")
-		r := w.start("a", func(o *testOptions) {
+		r := e.start("a", func(o *testOptions) {
 			faults.KV = o.KV
 			o.KV, o.Problems = faults, problems
 		})
@@ -44,8 +44,8 @@ func TestRestoreProblems(t *testing.T) {
 				t.Errorf("problems %+v, want %s failing: %v", list, name, want)
 			}
 		}
-		col := w.filledCollection(r, "c", 3)
-		s := w.create(r, col, "x")
+		col := e.filledCollection(r, "c", 3)
+		s := e.create(r, col, "x")
 		time.Sleep(time.Minute)
 		failing("restore worker", true)
 		failing("election", false)
@@ -55,14 +55,14 @@ func TestRestoreProblems(t *testing.T) {
 
 		restore := func(name string) *copyjob.Job {
 			faults.name.Store("restore.assign")
-			job := w.restore(r, &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: name})
+			job := e.restore(r, &RestoreSpec{Snapshot: Ref{ID: s.ID}, DB: "default", Name: name})
 			time.Sleep(time.Minute)
 			failing("restore assignment", true)
 			return job
 		}
 		completes := restore("completes")
 		faults.name.Store("")
-		if end := w.waitEnded(r, completes.ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, completes.ID); end.Job.State != copyjob.Completed {
 			t.Errorf("ended %v: %s", end.Job.State, end.Job.Message)
 		}
 		failing("restore assignment", false)
@@ -71,7 +71,7 @@ func TestRestoreProblems(t *testing.T) {
 		if _, err := r.Jobs.Cancel(t.Context(), canceled.ID); err != nil {
 			t.Fatal(err)
 		}
-		w.waitEnded(r, canceled.ID)
+		e.waitEnded(r, canceled.ID)
 		failing("restore assignment", false)
 
 		restore("continued") // by another leader

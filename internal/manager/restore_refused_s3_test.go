@@ -39,16 +39,16 @@ func TestS3RefusesOneCopy(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w, through, proxy := onS3(t)
-			r := w.start("a", func(o *testOptions) {
+			e, through, proxy := onS3(t)
+			r := e.start("a", func(o *testOptions) {
 				o.Stores = map[string]object.Store{"default": through}
 				o.Parts.RefusalTimeout, o.Parts.Collector.Off = time.Second, true
 			})
-			s := w.create(r, w.richCollection(r, "c", 40), "one")
+			s := e.create(r, e.richCollection(r, "c", 40), "one")
 			sp := restoreSpecOf(s)
 			if c.reason != "" {
 				proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 20, Times: -1, Action: c.action})
-				end := w.mustFail(r, sp, c.reason, "refused for 1")
+				end := e.mustFail(r, sp, c.reason, "refused for 1")
 				proxy.MustHaveFired(t)
 				if end.Done.Files > 100 {
 					t.Errorf("%+v", end)
@@ -56,13 +56,13 @@ func TestS3RefusesOneCopy(t *testing.T) {
 			}
 			// Twice: the store retries once by itself.
 			proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 27, Times: 2, Action: c.action})
-			before := w.contents()
-			job := w.restore(r, sp)
-			end := w.waitEnded(r, job.ID)
+			before := e.contents()
+			job := e.restore(r, sp)
+			end := e.waitEnded(r, job.ID)
 			if proxy.MustHaveFired(t); end.Job.State != copyjob.Completed {
 				t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 			}
-			w.checkRestored(r, before, end.Job, sp)
+			e.checkRestored(r, before, end.Job, sp)
 		})
 	}
 }
@@ -70,11 +70,11 @@ func TestS3RefusesOneCopy(t *testing.T) {
 // TestS3RefusesPermanently makes an S3 server refuse one copy in each permanent way: the
 // restore fails at once.
 func TestS3RefusesPermanently(t *testing.T) {
-	w, through, proxy := onS3(t)
-	r := w.start("a", func(o *testOptions) {
+	e, through, proxy := onS3(t)
+	r := e.start("a", func(o *testOptions) {
 		o.Stores, o.Parts.Collector.Off = map[string]object.Store{"default": through}, true
 	})
-	s := w.create(r, w.richCollection(r, "c", 12), "one")
+	s := e.create(r, e.richCollection(r, "c", 12), "one")
 	for code, c := range map[string]struct {
 		status int
 		reason string
@@ -89,7 +89,7 @@ func TestS3RefusesPermanently(t *testing.T) {
 	} {
 		proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Skip: 9, Times: 1, Action: s3fault.Status(c.status, code)})
 		began := time.Now()
-		w.mustFail(r, restoreSpecOf(s), c.reason, "")
+		e.mustFail(r, restoreSpecOf(s), c.reason, "")
 		if proxy.MustHaveFired(t); time.Since(began) > time.Minute {
 			t.Errorf("%s: it took %v", code, time.Since(began))
 		}

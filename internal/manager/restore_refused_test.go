@@ -72,10 +72,10 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 		"the snapshot's own metadata":    {object.OpGet, 1, 0, 0, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
+			inEnv(t, func(t *testing.T, e *env) {
 				core, logs := observer.New(zapcore.WarnLevel)
-				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
-				s := w.create(r, w.richCollection(r, "c", 40), "one")
+				r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off, o.Log = true, zap.New(core) })
+				s := e.create(r, e.richCollection(r, "c", 40), "one")
 				settle()
 				var began time.Time
 				refused := refuseCalls(r, c.op, object.FaultDenied, func(n, copies int) bool {
@@ -85,8 +85,8 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 					}
 					return first || !began.IsZero() && time.Since(began) < c.lasts
 				})
-				before := w.contents()
-				job := w.restore(r, restoreSpecOf(s))
+				before := e.contents()
+				job := e.restore(r, restoreSpecOf(s))
 				if c.lasts > 0 {
 					time.Sleep(c.lasts - time.Second)
 					settle()
@@ -96,7 +96,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 						t.Errorf("%+v of %+v, err = %v", st, st.Job, err)
 					}
 				}
-				end := w.waitEnded(r, job.ID)
+				end := e.waitEnded(r, job.ID)
 				if end.Job.State != copyjob.Completed {
 					t.Fatalf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 				}
@@ -113,7 +113,7 @@ func TestRestoreOutlastsRefusals(t *testing.T) {
 				if n := logs.FilterMessageSnippet("restore step failed").Len(); n > 1 {
 					t.Errorf("%d warnings of steps: %v", n, logs.All())
 				}
-				w.checkRestored(r, before, end.Job, restoreSpecOf(s))
+				e.checkRestored(r, before, end.Job, restoreSpecOf(s))
 			})
 		})
 	}
@@ -134,15 +134,15 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 	} {
 		for _, lasts := range []time.Duration{time.Second, 5 * time.Minute, time.Hour} {
 			t.Run(fmt.Sprintf("%s, %v", name, lasts), func(t *testing.T) {
-				inEnv(t, func(t *testing.T, w *testEnv) {
-					r := w.start("a", func(o *testOptions) {
+				inEnv(t, func(t *testing.T, e *env) {
+					r := e.start("a", func(o *testOptions) {
 						o.Parts.Collector.Off = true
 						if lasts != 5*time.Minute { // which is the default
 							o.Parts.RefusalTimeout = lasts
 						}
 					})
-					s := w.create(r, w.richCollection(r, "c", 40), "one")
-					before := w.contents()
+					s := e.create(r, e.richCollection(r, "c", 40), "one")
+					before := e.contents()
 					began := time.Now()
 					r.store.Plan(func(call object.Call) object.Fault {
 						if call.Op == c.op && strings.Contains(call.Keys[0], c.only) {
@@ -150,14 +150,14 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 						}
 						return object.FaultNone
 					})
-					job := w.restore(r, restoreSpecOf(s))
+					job := e.restore(r, restoreSpecOf(s))
 					for {
 						settle()
-						if j := w.jobs()[0]; j.Phase == copyjob.RollBack || j.State.Ended() {
+						if j := e.jobs()[0]; j.Phase == copyjob.RollBack || j.State.Ended() {
 							break
 						}
 						if time.Since(began) > 24*time.Hour {
-							t.Fatalf("not given up: %+v", w.jobs()[0])
+							t.Fatalf("not given up: %+v", e.jobs()[0])
 						}
 						time.Sleep(100 * time.Millisecond)
 					}
@@ -165,12 +165,12 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 						t.Errorf("given up after %v", took)
 					}
 					r.clearFaults()
-					end := w.waitEnded(r, job.ID)
+					end := e.waitEnded(r, job.ID)
 					if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" ||
 						!strings.Contains(end.Job.Message, "access denied") {
 						t.Errorf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 					}
-					w.checkNoTraces(before)
+					e.checkNoTraces(before)
 				})
 			})
 		}
@@ -179,12 +179,12 @@ func TestRestoreRefusedPermanently(t *testing.T) {
 
 // TestPermanentRefusalFailsAtOnce makes the store refuse one copy permanently.
 func TestPermanentRefusalFailsAtOnce(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
 		began := time.Now()
 		refuseCalls(r, object.OpCopy, object.FaultMisconfigured, func(n, _ int) bool { return n == 9 })
-		w.mustFail(r, restoreSpecOf(s), "OBJECT_STORE_MISCONFIGURED", "injected fault")
+		e.mustFail(r, restoreSpecOf(s), "OBJECT_STORE_MISCONFIGURED", "injected fault")
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("it took %v", took)
 		}
@@ -194,48 +194,48 @@ func TestPermanentRefusalFailsAtOnce(t *testing.T) {
 // TestRestoreRefusedThroughRestarts restarts the only replica repeatedly while the store
 // refuses copies: the time of the refusals continues.
 func TestRestoreRefusedThroughRestarts(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		deny := func(r *testReplica) {
 			refuseCalls(r, object.OpCopy, object.FaultDenied, func(int, int) bool { return true })
 		}
-		r := w.start("a")
-		s := w.create(r, w.richCollection(r, "c", 4), "one")
-		before := w.contents()
+		r := e.start("a")
+		s := e.create(r, e.richCollection(r, "c", 4), "one")
+		before := e.contents()
 		deny(r)
-		job := w.restore(r, restoreSpecOf(s))
+		job := e.restore(r, restoreSpecOf(s))
 		began := time.Now()
 		for n := range 20 {
 			time.Sleep(90 * time.Second)
 			settle()
-			if w.jobs()[0].State.Ended() {
+			if e.jobs()[0].State.Ended() {
 				break
 			}
 			r.stop()
 			time.Sleep(time.Minute)
-			r = w.start(fmt.Sprint("b", n))
+			r = e.start(fmt.Sprint("b", n))
 			deny(r)
 		}
-		end := w.waitEnded(r, job.ID)
+		end := e.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Failed || end.Job.Reason != "OBJECT_STORE_DENIED" {
 			t.Errorf("ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 		}
 		if took := time.Since(began); took < 5*time.Minute || took > 20*time.Minute {
 			t.Errorf("given up after %v", took)
 		}
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 	})
 }
 
 // TestRefusedAtAdmission makes the store refuse the reads of the admission: the call fails
 // at once.
 func TestRefusedAtAdmission(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a")
-		s := w.create(a, w.richCollection(a, "c", 4), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a")
+		s := e.create(a, e.richCollection(a, "c", 4), "one")
 		a.stop() // with its cache
-		r := w.start("b")
+		r := e.start("b")
 		settle()
-		before := w.contents()
+		before := e.contents()
 		refuseCalls(r, object.OpGet, object.FaultDenied, func(int, int) bool { return true })
 		began := time.Now()
 		_, err := r.Restore(t.Context(), noToken, restoreSpecOf(s))
@@ -245,10 +245,10 @@ func TestRefusedAtAdmission(t *testing.T) {
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("it took %v", took)
 		}
-		if jobs := w.jobs(); len(jobs) > 0 {
+		if jobs := e.jobs(); len(jobs) > 0 {
 			t.Errorf("%+v", jobs)
 		}
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 	})
 }
 
@@ -257,9 +257,9 @@ func TestRefusedAtAdmission(t *testing.T) {
 func TestCreateOutlastsARefusal(t *testing.T) {
 	for _, op := range []object.Op{object.OpHead, object.OpCreate} {
 		t.Run(string(op), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				r := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-				col := w.richCollection(r, "c", 40)
+			inEnv(t, func(t *testing.T, e *env) {
+				r := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+				col := e.richCollection(r, "c", 40)
 				settle()
 				refused := refuseCalls(r, op, object.FaultDenied, func(n, _ int) bool { return n == 0 || n == 20 })
 				sp := spec(col, "one")
@@ -284,17 +284,17 @@ func TestCreateOutlastsARefusal(t *testing.T) {
 // TestRefusedReferencesAreReadAgain makes the store refuse the first reads of a snapshot's
 // references: they do not count as unreadable, and reclaim continues.
 func TestRefusedReferencesAreReadAgain(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		col, _, _ := w.collection(a, "c")
-		held := w.segment(a, col, 0, 1, 20)
-		w.addWritten(a, col, held)
-		w.checkpoint(a, col, 100, 100)
-		w.create(a, col, "one")
-		asks := w.dropSegments(a, col, held.ID)
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		col, _, _ := e.collection(a, "c")
+		held := e.segment(a, col, 0, 1, 20)
+		e.addWritten(a, col, held)
+		e.checkpoint(a, col, 100, 100)
+		e.create(a, col, "one")
+		asks := e.dropSegments(a, col, held.ID)
 		a.stop()
 		var refused func() int
-		b := w.start("b", func(o *testOptions) {
+		b := e.start("b", func(o *testOptions) {
 			o.Parts.Collector.Off = true
 			store, ok := o.Stores["default"].(*object.Faulty)
 			if !ok {

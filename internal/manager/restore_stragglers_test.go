@@ -22,10 +22,10 @@ import (
 // TestStragglers checks that late copies of frozen workers are deleted before the job is
 // forgotten, and the target's own files are not.
 func TestStragglers(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
-		s := w.create(r, w.richCollection(r, "c", 12), "one")
-		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
+		s := e.create(r, e.richCollection(r, "c", 12), "one")
+		job := e.waitEnded(r, e.restore(r, restoreSpecOf(s)).ID).Job
 		if job.State != copyjob.Completed {
 			t.Fatalf("%+v", job)
 		}
@@ -45,18 +45,18 @@ func TestStragglers(t *testing.T) {
 		at := slices.IndexFunc(segments, func(s segment.Segment) bool { return len(s.Builds) > 0 })
 		built := segments[at]
 		build := built.Builds[0]
-		w.granted(w.reclaim(r, col, gc.BySnapshotd, w.dropSegments(r, col, gone.ID)...))
-		w.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: built.ID, RemoveBuilds: []int64{build.ID}}}})
-		w.granted(w.reclaim(r, col, gc.BySnapshotd, gc.Ask{Build: build.ID}))
-		w.create(r, col, "holder")
-		w.dropSegments(r, col, held.ID)
+		e.granted(e.reclaim(r, col, gc.BySnapshotd, e.dropSegments(r, col, gone.ID)...))
+		e.swap(r, col, catalog.SegmentChange{Update: []catalog.Update{{Segment: built.ID, RemoveBuilds: []int64{build.ID}}}})
+		e.granted(e.reclaim(r, col, gc.BySnapshotd, gc.Ask{Build: build.ID}))
+		e.create(r, col, "holder")
+		e.dropSegments(r, col, held.ID)
 		time.Sleep(10 * time.Minute)
 		settle()
-		before := w.objectsUnder("data/")
+		before := e.objectsUnder("data/")
 		dir := fmt.Sprintf("data/%d/", col.ID)
 		kept := []string{
 			dir + "README", // foreign
-			dir + fmt.Sprintf("0/%d/insert/100/77", w.newID(r)),     // of an engine
+			dir + fmt.Sprintf("0/%d/insert/100/77", e.newID(r)),     // of an engine
 			dir + fmt.Sprintf("0/%d/insert/100/77", segments[1].ID), // of a registered segment
 		}
 		late := []string{"data/" + gone.Files[0].Path, "data/" + build.Files[0].Path}
@@ -65,20 +65,20 @@ func TestStragglers(t *testing.T) {
 				t.Fatalf("%s is not deleted", key)
 			}
 		}
-		w.write(slices.Concat(kept, late)...)
+		e.write(slices.Concat(kept, late)...)
 		time.Sleep(23*time.Hour + 30*time.Minute)
-		w.write(late[0]) // again, shortly before the end
+		e.write(late[0]) // again, shortly before the end
 		time.Sleep(30 * time.Minute)
-		if n := len(w.keysUnder(keys.JobPrefix)); n != 1 {
+		if n := len(e.keysUnder(keys.JobPrefix)); n != 1 {
 			t.Errorf("%d jobs while a late copy is recent", n)
 		}
 		time.Sleep(2 * time.Hour)
 		settle()
 		want := slices.Sorted(slices.Values(slices.Concat(before, kept)))
-		if diff := cmp.Diff(want, w.objectsUnder("data/")); diff != "" {
+		if diff := cmp.Diff(want, e.objectsUnder("data/")); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
-		if got := w.keysUnder(keys.JobPrefix); len(got) > 0 {
+		if got := e.keysUnder(keys.JobPrefix); len(got) > 0 {
 			t.Errorf("left %v", got)
 		}
 		if n, _ := r.GC.Counters().Of(gc.ByRestore); n != 2 {
@@ -122,22 +122,22 @@ func TestUploadAfterTheEnd(t *testing.T) {
 		holds bool
 	}{"of a worker": {16 * time.Minute, true}, "of an engine": {18 * time.Minute, false}} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				uploads := &uploadStore{Store: w.objects}
-				w.objects = uploads
-				r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
-				job := w.waitEnded(r, w.restore(r, restoreSpecOf(w.create(r, w.richCollection(r, "c", 4), "one"))).ID).Job
+			inEnv(t, func(t *testing.T, e *env) {
+				uploads := &uploadStore{Store: e.objects}
+				e.objects = uploads
+				r := e.start("a", func(o *testOptions) { o.Parts.KeepRestores = time.Hour })
+				job := e.waitEnded(r, e.restore(r, restoreSpecOf(e.create(r, e.richCollection(r, "c", 4), "one"))).ID).Job
 				time.Sleep(c.after)
 				uploads.mu.Lock()
 				uploads.key, uploads.began = fmt.Sprintf("data/%d/x", job.Target), time.Now()
 				uploads.mu.Unlock()
 				time.Sleep(time.Hour - c.after + 5*time.Minute)
-				if n := len(w.keysUnder(keys.JobPrefix)); (n == 1) != c.holds {
+				if n := len(e.keysUnder(keys.JobPrefix)); (n == 1) != c.holds {
 					t.Errorf("%d jobs while the upload is recent", n)
 				}
 				time.Sleep(2 * time.Hour)
 				settle()
-				if n := len(w.keysUnder(keys.JobPrefix)); n != 0 {
+				if n := len(e.keysUnder(keys.JobPrefix)); n != 0 {
 					t.Errorf("left %d jobs", n)
 				}
 				uploads.mu.Lock()
@@ -153,27 +153,27 @@ func TestUploadAfterTheEnd(t *testing.T) {
 // TestStragglersOfDroppedTarget checks that late copies are deleted after the target was
 // dropped.
 func TestStragglersOfDroppedTarget(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) {
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) {
 			o.Parts.KeepRestores = 24 * time.Hour
 			o.Parts.Collector.Tolerance = time.Minute
 		})
-		s := w.create(r, w.richCollection(r, "c", 4), "one")
-		before := w.objectsUnder("data/")
-		job := w.waitEnded(r, w.restore(r, restoreSpecOf(s)).ID).Job
+		s := e.create(r, e.richCollection(r, "c", 4), "one")
+		before := e.objectsUnder("data/")
+		job := e.waitEnded(r, e.restore(r, restoreSpecOf(s)).ID).Job
 		dir := fmt.Sprintf("data/%d/", job.Target)
-		copies := w.objectsUnder(dir)
+		copies := e.objectsUnder(dir)
 		if _, err := r.catalog.DropCollection(t.Context(), token("x", "y"), catalog.Ref{ID: job.Target}, 0); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Hour)
-		if got := w.objectsUnder(dir); len(got) > 0 || len(copies) == 0 {
+		if got := e.objectsUnder(dir); len(got) > 0 || len(copies) == 0 {
 			t.Fatalf("left %v of %d", got, len(copies))
 		}
-		w.write(copies...)
+		e.write(copies...)
 		time.Sleep(26 * time.Hour)
 		settle()
-		if diff := cmp.Diff(before, w.objectsUnder("data/")); diff != "" {
+		if diff := cmp.Diff(before, e.objectsUnder("data/")); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
 	})
@@ -182,36 +182,36 @@ func TestStragglersOfDroppedTarget(t *testing.T) {
 // TestRollBackKeepsForeignFiles checks that roll back deletes the job's objects and no
 // others.
 func TestRollBackKeepsForeignFiles(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
-		s := w.create(r, w.richCollection(r, "c", 40), "one")
-		before := w.objectsUnder("")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.KeepRestores = 24 * time.Hour })
+		s := e.create(r, e.richCollection(r, "c", 40), "one")
+		before := e.objectsUnder("")
 		r.store.SetLatency(time.Second)
-		job := w.restore(r, restoreSpecOf(s))
+		job := e.restore(r, restoreSpecOf(s))
 		time.Sleep(10 * time.Second)
 		dir := fmt.Sprintf("data/%d/", job.Target)
 		foreign := []string{
 			dir + "README", dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment+job.Segments),
 			dir + fmt.Sprintf("0/%d/notes", job.FirstSegment),
 		}
-		w.write(foreign...)
+		e.write(foreign...)
 		if _, err := r.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
-		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Canceled {
+		if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Canceled {
 			t.Fatalf("%+v", end.Job)
 		}
 		want := slices.Sorted(slices.Values(slices.Concat(before, foreign)))
-		if diff := cmp.Diff(want, w.objectsUnder("")); diff != "" {
+		if diff := cmp.Diff(want, e.objectsUnder("")); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
-		w.write(dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment)) // late
+		e.write(dir + fmt.Sprintf("0/%d/insert/100/1", job.FirstSegment)) // late
 		time.Sleep(25 * time.Hour)
 		settle()
-		if diff := cmp.Diff(want, w.objectsUnder("")); diff != "" {
+		if diff := cmp.Diff(want, e.objectsUnder("")); diff != "" {
 			t.Errorf("forgotten (-want +got):\n%s", diff)
 		}
-		if got := w.keysUnder(keys.JobPrefix); len(got) > 0 {
+		if got := e.keysUnder(keys.JobPrefix); len(got) > 0 {
 			t.Errorf("left %v", got)
 		}
 	})

@@ -10,10 +10,10 @@ import (
 
 // TestRestore restores a snapshot of three tasks.
 func TestRestore(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col := w.filledCollection(r, "c", 70)
-		s := w.create(r, col, "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col := e.filledCollection(r, "c", 70)
+		s := e.create(r, col, "one")
 		job, err := r.Restore(
 			t.Context(),
 			request.Token{},
@@ -22,7 +22,7 @@ func TestRestore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		end := w.waitEnded(r, job.ID)
+		end := e.waitEnded(r, job.ID)
 		if end.Job.State != copyjob.Completed {
 			t.Fatalf("%+v", end.Job)
 		}
@@ -34,7 +34,7 @@ func TestRestore(t *testing.T) {
 		if err != nil || n != 70 {
 			t.Errorf("%d segments, err = %v", n, err)
 		}
-		for _, key := range w.keysUnder("/job/task/") {
+		for _, key := range e.keysUnder("/job/task/") {
 			t.Errorf("%s is left", key)
 		}
 	})

@@ -18,24 +18,24 @@ import (
 )
 
 // watchProgress polls a job until its end, and checks that no number decreases.
-func (w *testEnv) watchProgress(r *testReplica, id int64) *copyjob.Status {
-	w.t.Helper()
+func (e *env) watchProgress(r *testReplica, id int64) *copyjob.Status {
+	e.t.Helper()
 	var last *copyjob.Status
 	for {
-		s, err := r.Jobs.Get(w.t.Context(), id)
+		s, err := r.Jobs.Get(e.t.Context(), id)
 		if err != nil {
-			w.t.Fatal(err)
+			e.t.Fatal(err)
 		}
 		if last != nil {
 			a, b := last.Done, s.Done
 			if b.Segments < a.Segments || b.Files < a.Files || b.Bytes < a.Bytes || b.Rows < a.Rows || b.Builds < a.Builds ||
 				s.Fraction < last.Fraction || s.Retries < last.Retries || s.Job.Phase < last.Job.Phase {
-				w.t.Errorf("from %+v to %+v", last, s)
+				e.t.Errorf("from %+v to %+v", last, s)
 			}
 		}
 		if s.Fraction < 0 || s.Fraction > 1 || (s.Fraction == 1) != (s.Job.State == copyjob.Completed) ||
 			s.Done.Files > s.Job.Totals.Files || s.Done.Bytes > s.Job.Totals.Bytes || s.Done.Segments > s.Job.Totals.Segments {
-			w.t.Errorf("%+v of %+v", s, s.Job)
+			e.t.Errorf("%+v of %+v", s, s.Job)
 		}
 		if last = s; s.Job.State.Ended() {
 			return s
@@ -58,26 +58,26 @@ func TestRestoreWorkerDies(t *testing.T) {
 		"loses S3":   {func(r *testReplica) { r.store.Freeze() }, thaw, copyjob.Completed},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
+			inEnv(t, func(t *testing.T, e *env) {
 				one := func(o *testOptions) { o.Parts.CopyInFlight = 2 }
-				a := w.start("a", one) // leader and worker
+				a := e.start("a", one) // leader and worker
 				settle()
-				b := w.start("b", one)
-				c0 := w.start("c", func(o *testOptions) { o.Parts.Slots = -1 }) // observer
-				s := w.create(a, w.richCollection(a, "c", 96), "one")
-				before := w.contents()
+				b := e.start("b", one)
+				c0 := e.start("c", func(o *testOptions) { o.Parts.Slots = -1 }) // observer
+				s := e.create(a, e.richCollection(a, "c", 96), "one")
+				before := e.contents()
 				sp := restoreSpecOf(s)
 				settle()
 				a.store.SetLatency(400 * time.Millisecond)
 				b.store.SetLatency(400 * time.Millisecond)
-				job := w.restore(c0, sp)
+				job := e.restore(c0, sp)
 				go func() {
 					time.Sleep(5 * time.Second)
 					c.hurt(a)
 					time.Sleep(40 * time.Second)
 					c.heal(a)
 				}()
-				end := w.watchProgress(c0, job.ID)
+				end := e.watchProgress(c0, job.ID)
 				if end.Job.State != c.end {
 					t.Errorf("%+v of %+v", end, end.Job)
 				}
@@ -86,7 +86,7 @@ func TestRestoreWorkerDies(t *testing.T) {
 				}
 				time.Sleep(5 * time.Minute) // for late copies
 				settle()
-				w.checkRestored(c0, before, end.Job, sp)
+				e.checkRestored(c0, before, end.Job, sp)
 			})
 		})
 	}
@@ -113,14 +113,14 @@ func kill(r *testReplica) {
 
 // TestRestoresShareWorkers checks that several jobs use all replicas.
 func TestRestoresShareWorkers(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		var rs []*testReplica
 		for _, name := range []string{"a", "b", "c"} {
-			r := w.start(name, func(o *testOptions) { o.Parts.Slots = 2 })
+			r := e.start(name, func(o *testOptions) { o.Parts.Slots = 2 })
 			r.store.SetLatency(100 * time.Millisecond)
 			rs = append(rs, r)
 		}
-		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
+		s := e.create(rs[0], e.richCollection(rs[0], "c", 140), "one")
 		settle()
 		for _, r := range rs {
 			r.store.Plan(nil) // resets the counters
@@ -131,10 +131,10 @@ func TestRestoresShareWorkers(t *testing.T) {
 			sp := restoreSpecOf(s)
 			sp.Name = fmt.Sprint("copy", i)
 			specs = append(specs, sp)
-			jobs = append(jobs, w.restore(rs[i%3], sp))
+			jobs = append(jobs, e.restore(rs[i%3], sp))
 		}
 		for _, job := range jobs {
-			if end := w.watchProgress(rs[1], job.ID); end.Job.State != copyjob.Completed || end.Retries != 0 {
+			if end := e.watchProgress(rs[1], job.ID); end.Job.State != copyjob.Completed || end.Retries != 0 {
 				t.Errorf("%+v of %+v", end, end.Job)
 			}
 		}
@@ -143,60 +143,60 @@ func TestRestoresShareWorkers(t *testing.T) {
 				t.Errorf("replica %d made %d copies", i, n)
 			}
 		}
-		all := w.contents()
+		all := e.contents()
 		for i, job := range jobs {
-			w.checkRestored(rs[0], all, job, specs[i])
+			e.checkRestored(rs[0], all, job, specs[i])
 		}
 	})
 }
 
 // TestRestoreRolling restarts the replicas in turn until the restore completes.
 func TestRestoreRolling(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		few := func(o *testOptions) { o.Parts.CopyInFlight = 1 }
-		rs := []*testReplica{w.start("r0", few), w.start("r1", few), w.start("r2", few)}
-		s := w.create(rs[0], w.richCollection(rs[0], "c", 140), "one")
-		before := w.contents()
+		rs := []*testReplica{e.start("r0", few), e.start("r1", few), e.start("r2", few)}
+		s := e.create(rs[0], e.richCollection(rs[0], "c", 140), "one")
+		before := e.contents()
 		sp := restoreSpecOf(s)
 		for _, r := range rs {
 			r.store.SetLatency(300 * time.Millisecond)
 		}
-		job := w.restore(rs[0], sp)
+		job := e.restore(rs[0], sp)
 		n := 0
-		for ; !w.jobs()[0].State.Ended(); n++ {
+		for ; !e.jobs()[0].State.Ended(); n++ {
 			time.Sleep(4 * time.Second)
 			rs[n%3].stop()
-			rs[n%3] = w.start(fmt.Sprint("r", n+3), few)
+			rs[n%3] = e.start(fmt.Sprint("r", n+3), few)
 			rs[n%3].store.SetLatency(300 * time.Millisecond)
 			if n > 500 {
-				t.Fatalf("does not end: %+v", w.jobs()[0])
+				t.Fatalf("does not end: %+v", e.jobs()[0])
 			}
 		}
-		end := w.waitEnded(rs[0], job.ID)
+		end := e.waitEnded(rs[0], job.ID)
 		t.Logf("%d restarts, %d retries, %v", n, end.Retries, end.Job.EndTime.Sub(end.Job.StartTime))
 		if end.Job.State != copyjob.Completed || n < 3 {
 			t.Fatalf("after %d restarts: %+v: %s: %s", n, end.Job, end.Job.Reason, end.Job.Message)
 		}
 		settle()
-		w.checkRestored(rs[0], before, end.Job, sp)
+		e.checkRestored(rs[0], before, end.Job, sp)
 	})
 }
 
 // TestRestorePriority checks that the job of the highest priority gets workers first.
 func TestRestorePriority(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a", func(o *testOptions) { o.Parts.Slots = 1 })
-		s := w.create(r, w.richCollection(r, "c", 140), "one")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a", func(o *testOptions) { o.Parts.Slots = 1 })
+		s := e.create(r, e.richCollection(r, "c", 140), "one")
 		r.store.SetLatency(100 * time.Millisecond)
 		var jobs []*copyjob.Job
 		for i, priority := range []int{0, 0, 7, -3, 7} {
 			sp := restoreSpecOf(s)
 			sp.Name, sp.Priority = fmt.Sprint("copy", i), priority
-			jobs = append(jobs, w.restore(r, sp))
+			jobs = append(jobs, e.restore(r, sp))
 		}
 		var ends []time.Time
 		for _, job := range jobs {
-			end := w.waitEnded(r, job.ID)
+			end := e.waitEnded(r, job.ID)
 			if end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
@@ -214,25 +214,25 @@ func TestRestorePriority(t *testing.T) {
 // TestRestoreLimits checks that jobs keep to their limits, and to a changed limit at once.
 func TestRestoreLimits(t *testing.T) {
 	for _, replicas := range []int{1, 2} {
-		inEnv(t, func(t *testing.T, w *testEnv) {
+		inEnv(t, func(t *testing.T, e *env) {
 			var r *testReplica
 			for i := range replicas {
-				r = w.start(fmt.Sprint("r", i))
+				r = e.start(fmt.Sprint("r", i))
 			}
-			col, _, _ := w.collection(r, "c")
+			col, _, _ := e.collection(r, "c")
 			for range 140 { // 140 KB
-				seg := w.segment(r, col, 0, 1, 9)
+				seg := e.segment(r, col, 0, 1, 9)
 				seg.Files[0].Size = 1000
 				seg.Files[0].Path = catalog.NativePath(col.ID, &seg, &seg.Files[0])
-				if _, err := w.objects.Put(t.Context(), "data/"+seg.Files[0].Path, []byte(strings.Repeat("x", 1000))); err != nil {
+				if _, err := e.objects.Put(t.Context(), "data/"+seg.Files[0].Path, []byte(strings.Repeat("x", 1000))); err != nil {
 					t.Fatal(err)
 				}
-				w.add(r, col, seg)
+				e.add(r, col, seg)
 			}
-			w.checkpoint(r, col, 10, 10)
-			s := w.create(r, col, "one")
+			e.checkpoint(r, col, 10, 10)
+			s := e.create(r, col, "one")
 			bytes := func(job *copyjob.Job) int {
-				return len(w.objectsUnder(fmt.Sprintf("data/%d/", job.Target))) * 1000
+				return len(e.objectsUnder(fmt.Sprintf("data/%d/", job.Target))) * 1000
 			}
 			// checkRate checks the copy rate of a job during a time.
 			checkRate := func(job *copyjob.Job, rate int, over time.Duration) {
@@ -248,7 +248,7 @@ func TestRestoreLimits(t *testing.T) {
 			}
 			sp := restoreSpecOf(s)
 			sp.Limits = copyjob.Limits{Bytes: 400}
-			job := w.restore(r, sp)
+			job := e.restore(r, sp)
 			time.Sleep(10 * time.Second)
 			checkRate(job, 400, time.Minute)
 			if _, err := r.Jobs.SetLimits(t.Context(), job.ID, copyjob.Limits{Bytes: 100}); err != nil {
@@ -271,7 +271,7 @@ func TestRestoreLimits(t *testing.T) {
 				t.Fatalf("%+v, err = %v", st, err)
 			}
 			began := time.Now()
-			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 			if d := time.Since(began); d > 5*time.Second {
@@ -279,9 +279,9 @@ func TestRestoreLimits(t *testing.T) {
 			}
 			// Requests: 140 copies, and as many lists before and after, are 420.
 			sp.Name, sp.Limits = "slow", copyjob.Limits{Requests: 10}
-			job = w.restore(r, sp)
+			job = e.restore(r, sp)
 			began = time.Now()
-			if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+			if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 				t.Errorf("%+v", end.Job)
 			}
 			if d := time.Since(began); d < 36*time.Second || d > 70*time.Second {
@@ -294,25 +294,25 @@ func TestRestoreLimits(t *testing.T) {
 // TestLimitsBeforeTheJob checks that a worker that has tasks of a job, but not yet the job,
 // keeps to the job's limits.
 func TestLimitsBeforeTheJob(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
-		col, _, _ := w.collection(r, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("leader", func(o *testOptions) { o.Parts.Slots = -1 })
+		col, _, _ := e.collection(r, "c")
 		for range 40 {
-			s := w.segment(r, col, 0, 1, 9)
-			if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, make([]byte, s.Files[0].Size)); err != nil {
+			s := e.segment(r, col, 0, 1, 9)
+			if _, err := e.objects.Put(t.Context(), "data/"+s.Files[0].Path, make([]byte, s.Files[0].Size)); err != nil {
 				t.Fatal(err)
 			}
-			w.add(r, col, s)
+			e.add(r, col, s)
 		}
-		w.checkpoint(r, col, 10, 10)
-		s := w.create(r, col, "one")
-		w.start("worker", func(o *testOptions) { o.KV = &withoutJobs{KV: w.kv} })
+		e.checkpoint(r, col, 10, 10)
+		s := e.create(r, col, "one")
+		e.start("worker", func(o *testOptions) { o.KV = &withoutJobs{KV: e.kv} })
 		settle() // it follows jobs, and the leader leads
 		sp := restoreSpecOf(s)
 		sp.Limits = copyjob.Limits{Requests: 10}
-		job := w.restore(r, sp)
+		job := e.restore(r, sp)
 		began := time.Now()
-		if end := w.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
+		if end := e.waitEnded(r, job.ID); end.Job.State != copyjob.Completed {
 			t.Errorf("%+v", end.Job)
 		}
 		// 40 copies, and as many lists before and after.
@@ -339,9 +339,9 @@ func (w *watchWithoutJobs) Next() (meta.WatchBatch, error) {
 
 // TestRestoreAfterRestart counts the writes of a new leader that finds many running tasks.
 func TestRestoreAfterRestart(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *testOptions) { o.Parts.Slots = 64 })
-		col, _, _ := w.collection(a, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a", func(o *testOptions) { o.Parts.Slots = 64 })
+		col, _, _ := e.collection(a, "c")
 		const n = 64 * copyjob.TaskSegments
 		ids, err := a.catalog.AllocateIDs(t.Context(), noToken, n)
 		if err != nil {
@@ -353,40 +353,40 @@ func TestRestoreAfterRestart(t *testing.T) {
 				ID: ids.First + int64(i), Level: 1, State: segment.Flushed, Rows: 1, DML: segment.Position{Timestamp: 5},
 				Files: []segment.File{{Kind: segment.KindInsert, Field: 100, LogID: 1, Size: 10, MinTimestamp: 1, MaxTimestamp: 4}},
 			}
-			w.putFiles(col.ID, &list[i])
+			e.putFiles(col.ID, &list[i])
 		}
-		w.add(a, col, list...)
-		w.checkpoint(a, col, 10, 10)
-		s := w.create(a, col, "one")
-		before := w.contents()
+		e.add(a, col, list...)
+		e.checkpoint(a, col, 10, 10)
+		s := e.create(a, col, "one")
+		before := e.contents()
 		a.store.SetLatency(10 * time.Second) // no copy ends before the restart
 		sp := restoreSpecOf(s)
-		job := w.restore(a, sp)
-		for w.jobs()[0].Phase != copyjob.Copy {
+		job := e.restore(a, sp)
+		for e.jobs()[0].Phase != copyjob.Copy {
 			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Second)
 		settle()
-		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 64 {
+		if n := len(e.keysUnder(keys.AssignedPrefix)); n != 64 {
 			t.Fatalf("%d tasks are assigned", n)
 		}
 		kill(a)
 		a.stop()
 		time.Sleep(time.Minute)
 		settle()
-		_, _, from, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, from, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := w.start("b", func(o *testOptions) { o.Parts.Slots = 64 })
+		b := e.start("b", func(o *testOptions) { o.Parts.Slots = 64 })
 		b.store.Freeze()
 		time.Sleep(10 * time.Second)
 		settle()
-		_, _, to, err := w.kv.Get(t.Context(), keys.Format)
+		_, _, to, err := e.kv.Get(t.Context(), keys.Format)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 64 {
+		if n := len(e.keysUnder(keys.AssignedPrefix)); n != 64 {
 			t.Errorf("%d tasks are assigned again", n)
 		}
 		t.Logf("%d writes for 64 tasks", to-from)
@@ -394,11 +394,11 @@ func TestRestoreAfterRestart(t *testing.T) {
 			t.Errorf("%d writes for 64 tasks", to-from)
 		}
 		b.store.Thaw()
-		end := w.waitEnded(b, job.ID)
+		end := e.waitEnded(b, job.ID)
 		if end.Job.State != copyjob.Completed || end.Retries != 64 {
 			t.Errorf("%+v of %+v", end, end.Job)
 		}
-		w.checkRestored(b, before, end.Job, sp)
+		e.checkRestored(b, before, end.Job, sp)
 	})
 }
 
@@ -408,18 +408,18 @@ func TestRestoreTwoLeaders(t *testing.T) {
 	for _, missing := range []bool{false, true} {
 		forEachFault(t, 100, func(n int) bool {
 			fired := false
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				a := w.start("a")
+			inEnv(t, func(t *testing.T, e *env) {
+				a := e.start("a")
 				settle()
-				b := w.start("b")
-				s := w.create(b, w.richCollection(b, "c", 8), "one")
+				b := e.start("b")
+				s := e.create(b, e.richCollection(b, "c", 8), "one")
 				if missing {
-					list := w.segments(b, s)
-					if err := w.objects.Delete(t.Context(), "data/"+list[7].Files[0].Path); err != nil {
+					list := e.segments(b, s)
+					if err := e.objects.Delete(t.Context(), "data/"+list[7].Files[0].Path); err != nil {
 						t.Fatal(err)
 					}
 				}
-				before := w.contents()
+				before := e.contents()
 				var mu sync.Mutex
 				left := n
 				thawed := make(chan struct{})
@@ -439,8 +439,8 @@ func TestRestoreTwoLeaders(t *testing.T) {
 					return meta.NoFault
 				})
 				sp := restoreSpecOf(s)
-				job := w.restore(b, sp)
-				end := w.waitEnded(b, job.ID)
+				job := e.restore(b, sp)
+				end := e.waitEnded(b, job.ID)
 				want := copyjob.Completed
 				if missing {
 					want = copyjob.Failed
@@ -452,10 +452,10 @@ func TestRestoreTwoLeaders(t *testing.T) {
 				thaw(a)
 				time.Sleep(time.Minute)
 				settle()
-				if got := w.jobs(); len(got) != 1 || got[0].Revision != end.Job.Revision {
+				if got := e.jobs(); len(got) != 1 || got[0].Revision != end.Job.Revision {
 					t.Errorf("the job changed after its end: %+v", got[0])
 				}
-				w.checkOutcome(b, before, end, sp)
+				e.checkOutcome(b, before, end, sp)
 			})
 			return fired
 		})
@@ -465,23 +465,23 @@ func TestRestoreTwoLeaders(t *testing.T) {
 // TestRollBackWithLaggingTable checks that a leader whose table lacks the last assignments
 // does not roll back while a worker runs a task.
 func TestRollBackWithLaggingTable(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		lag := &laggingKV{}
-		a := w.start("a", func(o *testOptions) {
+		a := e.start("a", func(o *testOptions) {
 			lag.KV = o.KV
 			o.KV = lag
 			o.Parts.Slots = -1
 		})
 		settle()
-		b := w.start("b")
+		b := e.start("b")
 		settle()
-		s := w.create(b, w.richCollection(b, "c", 12), "one")
-		before := w.contents()
+		s := e.create(b, e.richCollection(b, "c", 12), "one")
+		before := e.contents()
 		b.store.SetLatency(time.Second)
 		lag.hold()
-		job := w.restore(b, restoreSpecOf(s))
+		job := e.restore(b, restoreSpecOf(s))
 		time.Sleep(500 * time.Millisecond) // copies are running
-		if n := len(w.keysUnder(keys.AssignedPrefix)); n != 1 {
+		if n := len(e.keysUnder(keys.AssignedPrefix)); n != 1 {
 			t.Fatalf("%d tasks are assigned", n)
 		}
 		b.kv.Freeze() // delays the news that the job is given up
@@ -490,56 +490,56 @@ func TestRollBackWithLaggingTable(t *testing.T) {
 		}
 		time.Sleep(3500 * time.Millisecond)
 		settle()
-		if job := w.jobs()[0]; job.State.Ended() {
+		if job := e.jobs()[0]; job.State.Ended() {
 			t.Errorf("%v while a worker has a task", job.State)
 		}
 		b.kv.Thaw()
 		lag.release()
-		end := w.waitEnded(a, job.ID)
+		end := e.waitEnded(a, job.ID)
 		if end.Job.State != copyjob.Canceled {
 			t.Errorf("%+v", end.Job)
 		}
 		time.Sleep(time.Minute)
 		settle()
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 	})
 }
 
 // TestRestoreWorkerCutOff checks that a worker without the metadata store stops copying
 // before its assignments expire, so that no copy follows the roll back.
 func TestRestoreWorkerCutOff(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *testOptions) { o.Parts.Slots = -1 })
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a", func(o *testOptions) { o.Parts.Slots = -1 })
 		settle()
-		b := w.start("b", func(o *testOptions) { o.Parts.CopyInFlight = 1 })
+		b := e.start("b", func(o *testOptions) { o.Parts.CopyInFlight = 1 })
 		settle()
-		s := w.create(a, w.richCollection(a, "c", 32), "one")
-		before := w.contents()
+		s := e.create(a, e.richCollection(a, "c", 32), "one")
+		before := e.contents()
 		b.store.SetLatency(500 * time.Millisecond)
-		job := w.restore(a, restoreSpecOf(s))
-		w.waitAssigned()
+		job := e.restore(a, restoreSpecOf(s))
+		e.waitAssigned()
 		time.Sleep(20 * time.Second)
 		b.kv.Freeze()
-		for len(w.keysUnder(keys.AssignedPrefix)) > 0 {
+		for len(e.keysUnder(keys.AssignedPrefix)) > 0 {
 			time.Sleep(10 * time.Millisecond)
 			settle()
 		}
-		made := len(w.objectsUnder(""))
+		made := len(e.objectsUnder(""))
 		time.Sleep(time.Minute)
 		settle()
-		if n := len(w.objectsUnder("")); n != made {
+		if n := len(e.objectsUnder("")); n != made {
 			t.Errorf("a worker without a lease made %d objects", n-made)
 		}
 		if _, err := a.Jobs.Cancel(t.Context(), job.ID); err != nil {
 			t.Fatal(err)
 		}
-		if end := w.waitEnded(a, job.ID); end.Job.State != copyjob.Canceled {
+		if end := e.waitEnded(a, job.ID); end.Job.State != copyjob.Canceled {
 			t.Errorf("%+v", end.Job)
 		}
 		b.kv.Thaw()
 		time.Sleep(time.Minute)
 		settle()
-		w.checkNoTraces(before)
+		e.checkNoTraces(before)
 	})
 }
 

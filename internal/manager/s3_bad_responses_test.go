@@ -22,20 +22,20 @@ import (
 
 // withLarge makes a collection with small files and one that is copied in two parts,
 // and returns its content.
-func (w *testEnv) withLarge(r *testReplica) (catalog.Collection, segment.File, []byte) {
-	w.t.Helper()
-	col := w.richCollection(r, "c", 4)
-	large := w.segment(r, col, 0, 1, 9)
+func (e *env) withLarge(r *testReplica) (catalog.Collection, segment.File, []byte) {
+	e.t.Helper()
+	col := e.richCollection(r, "c", 4)
+	large := e.segment(r, col, 0, 1, 9)
 	f := &large.Files[0]
 	f.Size = object.MinPartSize + 1
 	f.Path = catalog.NativePath(col.ID, &large, f)
 	content := bytes.Repeat([]byte("0123456789abcdef"), object.MinPartSize/16+1)[:f.Size]
-	info, err := w.objects.Put(w.t.Context(), "data/"+f.Path, content)
+	info, err := e.objects.Put(e.t.Context(), "data/"+f.Path, content)
 	if err != nil {
-		w.t.Fatal(err)
+		e.t.Fatal(err)
 	}
 	f.ETag = info.ETag
-	w.add(r, col, large)
+	e.add(r, col, large)
 	return col, *f, content
 }
 
@@ -47,7 +47,7 @@ func throughProxy(through object.Store) func(*testOptions) {
 }
 
 // onPatientS3 is onS3 with requests that do not time out during a test.
-func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
+func onPatientS3(t *testing.T) (*env, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
@@ -57,7 +57,7 @@ func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 	proxy := s3fault.New(t, o.Endpoint)
 	o.Endpoint, o.RequestTimeout, o.Backoff = proxy.URL(), clusterPatience, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})
-	return &testEnv{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+	return &env{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
 
 // TestSourceChangesDuringCopy replaces or deletes a file of the snapshot between the
@@ -65,15 +65,15 @@ func onPatientS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
 // original content.
 func TestSourceChangesDuringCopy(t *testing.T) {
 	for how, c := range map[string]struct {
-		change func(w *testEnv, key string, content []byte) error
+		change func(e *env, key string, content []byte) error
 		reason string
 	}{
-		"replaced": {func(w *testEnv, key string, content []byte) error {
-			_, err := w.objects.Put(context.Background(), key, bytes.ToUpper(content))
+		"replaced": {func(e *env, key string, content []byte) error {
+			_, err := e.objects.Put(context.Background(), key, bytes.ToUpper(content))
 			return err
 		}, "SOURCE_OBJECT_ALTERED"},
-		"deleted": {func(w *testEnv, key string, _ []byte) error {
-			return w.objects.Delete(context.Background(), key)
+		"deleted": {func(e *env, key string, _ []byte) error {
+			return e.objects.Delete(context.Background(), key)
 		}, "SOURCE_OBJECT_MISSING"},
 	} {
 		for _, after := range []struct {
@@ -84,14 +84,14 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 			{s3fault.HeadObject, 0, false}, {s3fault.CreateMultipartUpload, 0, false}, {s3fault.UploadPartCopy, 1, true},
 		} {
 			t.Run(fmt.Sprintf("%s after %s", how, after.op), func(t *testing.T) {
-				w, through, proxy := onPatientS3(t)
-				r := w.start("a", throughProxy(through))
-				col, file, content := w.withLarge(r)
-				s := w.create(r, col, "one")
+				e, through, proxy := onPatientS3(t)
+				r := e.start("a", throughProxy(through))
+				col, file, content := e.withLarge(r)
+				s := e.create(r, col, "one")
 				key := "data/" + file.Path
-				before := w.contents()
+				before := e.contents()
 				rule := s3fault.Rule{Op: after.op, Skip: after.skip, Action: s3fault.Edit("change", func(*s3fault.Answer) bool {
-					if err := c.change(w, key, content); err != nil {
+					if err := c.change(e, key, content); err != nil {
 						t.Error(err)
 					}
 					return true
@@ -101,21 +101,21 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 				}
 				proxy.Plan(rule)
 				sp := restoreSpecOf(s)
-				end := w.waitEnded(r, w.restore(r, sp).ID)
+				end := e.waitEnded(r, e.restore(r, sp).ID)
 				proxy.MustHaveFired(t)
 				proxy.Plan()
-				if _, err := w.objects.Put(t.Context(), key, content); err != nil {
+				if _, err := e.objects.Put(t.Context(), key, content); err != nil {
 					t.Fatal(err)
 				}
 				switch {
 				case after.late && end.Job.State == copyjob.Completed:
-					w.checkRestored(r, before, end.Job, sp)
+					e.checkRestored(r, before, end.Job, sp)
 				case end.Job.State == copyjob.Failed && end.Job.Reason == c.reason:
-					w.checkNoTraces(before)
+					e.checkNoTraces(before)
 				default:
 					t.Errorf("it ended %v: %s: %s", end.Job.State, end.Job.Reason, end.Job.Message)
 				}
-				if n, err := w.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
+				if n, err := e.objects.AbortUploads(t.Context(), "", time.Time{}); err != nil || n != 0 {
 					t.Errorf("%d uploads are open, err = %v", n, err)
 				}
 			})
@@ -127,10 +127,10 @@ func TestSourceChangesDuringCopy(t *testing.T) {
 // snapshot's file. A create with verify rejects a visible difference; a restore detects
 // the others and leaves nothing.
 func TestWrongHeadResponses(t *testing.T) {
-	w, through, proxy := onPatientS3(t)
+	e, through, proxy := onPatientS3(t)
 	// A create retries unusable responses until its own timeout.
-	r := w.start("a", throughProxy(through), func(o *testOptions) { o.CreateTimeout = 5 * time.Second })
-	col, file, content := w.withLarge(r)
+	r := e.start("a", throughProxy(through), func(o *testOptions) { o.CreateTimeout = 5 * time.Second })
+	col, file, content := e.withLarge(r)
 	of := regexp.MustCompile(regexp.QuoteMeta(file.Path) + "$")
 	respond := func(name string, edit func(a *s3fault.Answer)) {
 		proxy.Plan(s3fault.Rule{
@@ -159,7 +159,7 @@ func TestWrongHeadResponses(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	if err := w.objects.Delete(t.Context(), "data/"+file.Path); err != nil {
+	if err := e.objects.Delete(t.Context(), "data/"+file.Path); err != nil {
 		t.Fatal(err)
 	}
 	respond("there", func(a *s3fault.Answer) {
@@ -173,12 +173,12 @@ func TestWrongHeadResponses(t *testing.T) {
 		t.Errorf("the difference is not visible: %v", err)
 	}
 	proxy.MustHaveFired(t)
-	before := w.contents()
+	before := e.contents()
 	restore := restoreSpecOf(s)
-	end := w.waitEnded(r, w.restore(r, restore).ID)
+	end := e.waitEnded(r, e.restore(r, restore).ID)
 	if end.Job.Reason != "SOURCE_OBJECT_MISSING" {
 		t.Errorf("%+v", end.Job)
 	}
 	proxy.Plan()
-	w.checkNoTraces(before)
+	e.checkNoTraces(before)
 }

@@ -19,15 +19,15 @@ import (
 	"github.com/snapshotd/snapshotd/test/s3test"
 )
 
-// onS3 is a testEnv in real time with objects on a real S3 server. Checks access it
+// onS3 is a env in real time with objects on a real S3 server. Checks access it
 // directly; replicas through the fault proxy.
-func onS3(t *testing.T) (*testEnv, object.Store, *s3fault.Proxy) {
+func onS3(t *testing.T) (*env, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	return onS3For(t, 30*time.Second) // a busy machine is slow
 }
 
 // onS3For is onS3 with a request timeout.
-func onS3For(t *testing.T, timeout time.Duration) (*testEnv, object.Store, *s3fault.Proxy) {
+func onS3For(t *testing.T, timeout time.Duration) (*env, object.Store, *s3fault.Proxy) {
 	t.Helper()
 	o := s3test.Bucket(t)
 	direct := s3test.Open(t, o)
@@ -39,22 +39,22 @@ func onS3For(t *testing.T, timeout time.Duration) (*testEnv, object.Store, *s3fa
 	proxy := s3fault.New(t, o.Endpoint)
 	o.Endpoint, o.RequestTimeout, o.MaxAttempts, o.Backoff = proxy.URL(), timeout, 2, time.Millisecond
 	kv := metamemory.New(metamemory.Options{})
-	return &testEnv{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
+	return &env{t: t, kv: kv, memory: kv, objects: direct, now: time.Now}, s3test.Open(t, o), proxy
 }
 
 func TestS3Lifecycle(t *testing.T) {
-	w, through, proxy := onS3(t)
-	w.kv, w.memory = etcdtest.Shared(t).KV(t), nil
-	r := w.start("a", func(o *testOptions) { o.Stores = map[string]object.Store{"default": through} })
-	col, _, _ := w.collection(r, "c")
+	e, through, proxy := onS3(t)
+	e.kv, e.memory = etcdtest.Shared(t).KV(t), nil
+	r := e.start("a", func(o *testOptions) { o.Stores = map[string]object.Store{"default": through} })
+	col, _, _ := e.collection(r, "c")
 	for i := range 20 {
-		s := w.segment(r, col, i%2, 1, 20)
-		if _, err := w.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
+		s := e.segment(r, col, i%2, 1, 20)
+		if _, err := e.objects.Put(t.Context(), "data/"+s.Files[0].Path, []byte("ten bytes.")); err != nil {
 			t.Fatal(err)
 		}
-		w.add(r, col, s)
+		e.add(r, col, s)
 	}
-	w.checkpoint(r, col, 10, 30)
+	e.checkpoint(r, col, 10, 30)
 	sp := spec(col, "one")
 	sp.Verify = true
 	s, err := r.Create(t.Context(), request.Token{}, sp)
@@ -62,18 +62,18 @@ func TestS3Lifecycle(t *testing.T) {
 		t.Fatalf("%+v, err = %v", s, err)
 	}
 	before := len(proxy.Events())
-	w.create(r, col, "two")
+	e.create(r, col, "two")
 	if n := len(proxy.Events()) - before; n != 3 {
 		t.Errorf("a snapshot of one manifest took %d requests, want 3", n)
 	}
-	w.check(r)
+	e.check(r)
 	for _, name := range []string{"one", "two"} {
 		if _, err := r.Drop(t.Context(), request.Token{}, Ref{Name: name}, 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	w.await("both are removed", func() bool { return len(w.keysUnder("/snapshot/")) == 0 })
-	w.check(r)
+	e.await("both are removed", func() bool { return len(e.keysUnder("/snapshot/")) == 0 })
+	e.check(r)
 }
 
 // TestS3FaultsAtEachRequest makes each fault at each request of a create and the drop
@@ -122,19 +122,19 @@ func TestS3FaultsAtEachRequest(t *testing.T) {
 
 // s3FaultAt plans one fault and reports whether it occurred.
 func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
-	w, through, proxy := onS3For(t, 300*time.Millisecond)
+	e, through, proxy := onS3For(t, 300*time.Millisecond)
 	name := fmt.Sprintf("request %d, %d times", skip, times)
-	r := w.start("a", func(o *testOptions) {
+	r := e.start("a", func(o *testOptions) {
 		o.Stores = map[string]object.Store{"default": through}
 		o.CleanInterval = 500 * time.Millisecond
 		o.CreateTimeout = time.Second // bounds the wait for a store that does not answer
 	})
 	defer r.stop()
-	col, _, _ := w.collection(r, "c")
-	w.add(r, col, w.segment(r, col, 0, 1, 2))
-	w.checkpoint(r, col, 10, 10)
+	col, _, _ := e.collection(r, "c")
+	e.add(r, col, e.segment(r, col, 0, 1, 2))
+	e.checkpoint(r, col, 10, 10)
 	// So that no request for the time is counted.
-	eventually(t, name+": the leader notes the time", func() bool { return len(w.keysUnder(keys.Clock)) > 0 })
+	eventually(t, name+": the leader notes the time", func() bool { return len(e.keysUnder(keys.Clock)) > 0 })
 	proxy.Plan(s3fault.Rule{Skip: skip, Times: times, Action: action})
 	s, err := r.Create(t.Context(), request.Token{}, spec(col, "x"))
 	switch {
@@ -143,7 +143,7 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 			t.Errorf("%s: drop: %v", name, err)
 		}
 		eventually(t, name+": the fault meets the removal, or that is over", func() bool {
-			return proxy.Fired() > 0 || len(w.keysUnder("/snapshot/")) == 0
+			return proxy.Fired() > 0 || len(e.keysUnder("/snapshot/")) == 0
 		})
 	case !errors.Is(err, ErrCreateAborted) && !errors.Is(err, object.ErrDenied) &&
 		!errors.Is(err, object.ErrMisconfigured):
@@ -155,13 +155,13 @@ func s3FaultAt(t *testing.T, action s3fault.Action, skip, times int) bool {
 	proxy.Plan(s3fault.Rule{
 		Op: s3fault.PutObject, Key: regexp.MustCompile(`^snapshots/1/5/`), Times: -1, Action: s3fault.Status(503, "SlowDown"),
 	})
-	eventually(t, name+": all is clean", func() bool { return len(w.keysUnder("/snapshot/")) == 0 })
-	if left := w.objectsUnder("snapshots/"); len(left) > 0 {
+	eventually(t, name+": all is clean", func() bool { return len(e.keysUnder("/snapshot/")) == 0 })
+	if left := e.objectsUnder("snapshots/"); len(left) > 0 {
 		t.Errorf("%s: left %v", name, left)
 	}
 	proxy.Plan()
 	// The fault is over: the content is correct.
-	w.create(r, col, "x")
-	w.check(r)
+	e.create(r, col, "x")
+	e.check(r)
 	return fired
 }

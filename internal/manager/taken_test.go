@@ -24,18 +24,18 @@ import (
 
 // taking is a collection with one segment from which files are removed.
 type taking struct {
-	*testEnv
+	*env
 	r       *testReplica
 	col     catalog.Collection
 	segment segment.Segment
 	n       int
 }
 
-func (w *testEnv) taking(r *testReplica) *taking {
-	w.t.Helper()
-	t := &taking{testEnv: w, r: r}
-	t.col, _, _ = w.collection(r, "c")
-	t.segment = w.segment(r, t.col, 0, 1, 20)
+func (e *env) taking(r *testReplica) *taking {
+	e.t.Helper()
+	t := &taking{env: e, r: r}
+	t.col, _, _ = e.collection(r, "c")
+	t.segment = e.segment(r, t.col, 0, 1, 20)
 	t.addWritten(r, t.col, t.segment)
 	t.checkpoint(r, t.col, 100, 100)
 	return t
@@ -106,8 +106,8 @@ func (t *taking) exclusive(s *snapshot.Record) int64 {
 func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 	for name, wait := range map[string]time.Duration{"full": 0, "spilled": 3 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour }))
+			inEnv(t, func(t *testing.T, e *env) {
+				c := e.taking(e.start("a", func(o *testOptions) { o.Parts.Collector.Tolerance = time.Hour }))
 				c.replace() // so that the next removed file is large enough to be spilled
 				old := c.create(c.r, c.col, "old")
 				taken := c.replace()
@@ -142,9 +142,9 @@ func TestTakenFilesAreHeldByOlderSnapshotsAlone(t *testing.T) {
 // TestTakenFilesAreHeldByWhatBeganBefore checks that a create that began before files
 // were removed holds them, whenever it captured.
 func TestTakenFilesAreHeldByWhatBeganBefore(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
-		b := w.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
+	inEnv(t, func(t *testing.T, e *env) {
+		c := e.taking(e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
+		b := e.start("b", func(o *testOptions) { o.Parts.Collector.Off = true })
 		b.store.Freeze() // after the capture
 		sp := spec(c.col, "slow")
 		sp.NoWait = true
@@ -200,8 +200,8 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 		"that was copied":     func(s *storagev1.Snapshot) { s.BeginRevision-- },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				c := w.taking(w.start("a", withEpoch, func(o *testOptions) { o.Parts.Collector.Off = true }))
+			inEnv(t, func(t *testing.T, e *env) {
+				c := e.taking(e.start("a", withEpoch, func(o *testOptions) { o.Parts.Collector.Off = true }))
 				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
 					t.Fatal(err)
 				}
@@ -222,8 +222,8 @@ func TestSnapshotOfAnotherHistoryHoldsTakenFiles(t *testing.T) {
 // TestUpdateKeepsTheHistoryOfASnapshot checks that an update does not change the
 // history in which a snapshot began.
 func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
+	inEnv(t, func(t *testing.T, e *env) {
+		c := e.taking(e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
 		taken := c.replace()
 		s := c.create(c.r, c.col, "s")
 		labels := map[string]string{"a": "b"}
@@ -242,19 +242,19 @@ func TestUpdateKeepsTheHistoryOfASnapshot(t *testing.T) {
 func TestTakenFilesInACopiedStore(t *testing.T) {
 	for name, revision := range map[string]int64{"lower revision": 0, "higher revision": 10_000} {
 		t.Run(name, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
+			inEnv(t, func(t *testing.T, e *env) {
 				off := func(o *testOptions) { o.Parts.Collector.Off = true }
-				c := w.taking(w.start("before", withEpoch, off))
+				c := e.taking(e.start("before", withEpoch, off))
 				old := c.create(c.r, c.col, "old")
 				taken := c.replace()
 				young := c.create(c.r, c.col, "young")
 				c.wantHolders("before", taken, old)
 				settle()
-				backup := metatest.Backup(t, w.kv)
+				backup := metatest.Backup(t, e.kv)
 				c.r.stop()
 
-				w.goBack(backup, revision)
-				c.r = w.start("after", withEpoch, off)
+				e.goBack(backup, revision)
+				c.r = e.start("after", withEpoch, off)
 				settle()
 				c.wantHolders("copied", taken, young, old)
 				if _, _, _, err := c.r.Recover(t.Context(), true); err != nil {
@@ -280,34 +280,34 @@ func TestTakenFilesInACopiedStore(t *testing.T) {
 // TestLateRepeatOfAnAddedFile checks that the late repeat of an update that added a
 // file is rejected after the file was removed and deleted.
 func TestLateRepeatOfAnAddedFile(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		c := w.taking(w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
+	inEnv(t, func(t *testing.T, e *env) {
+		c := e.taking(e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true }))
 		f := c.segment.Files[0]
 		f.LogID = 2
 		f.Path = catalog.NativePath(c.col.ID, &c.segment, &f)
-		w.writeFiles(&segment.Segment{Files: []segment.File{f}})
+		e.writeFiles(&segment.Segment{Files: []segment.File{f}})
 		add := catalog.SegmentChange{Update: []catalog.Update{{Segment: c.segment.ID, AddFiles: []segment.File{f}}}}
-		w.swap(c.r, c.col, add)
+		e.swap(c.r, c.col, add)
 		taken := catalog.FilePath{Path: f.Path}
-		w.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{
+		e.swap(c.r, c.col, catalog.SegmentChange{Update: []catalog.Update{{
 			Segment:     c.segment.ID,
 			RemoveFiles: []catalog.FilePath{taken},
 		}}})
-		w.granted(w.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
+		e.granted(e.reclaim(c.r, c.col, gc.BySnapshotd, gc.Ask{File: taken}))
 		time.Sleep(2 * time.Minute)
 		settle()
 		c.wantObject("reclaimed", taken, false)
-		if got := w.keysUnder("/gc/tomb/"); len(got) > 0 {
+		if got := e.keysUnder("/gc/tomb/"); len(got) > 0 {
 			t.Fatalf("left %v", got)
 		}
 		_, err := c.r.catalog.Change(t.Context(), request.Token{}, catalog.Ref{ID: c.col.ID}, add)
 		wantError(t, err, catalog.ErrFileExists)
-		for _, s := range w.segments(c.r, w.create(c.r, c.col, "s")) {
+		for _, s := range e.segments(c.r, e.create(c.r, c.col, "s")) {
 			for f := range s.AllFiles() {
 				c.wantObject("committed", catalog.FilePath{Path: f.Path}, true)
 			}
 		}
-		w.add(c.r, c.col, c.segment) // unchanged: files that it no longer has do not count
+		e.add(c.r, c.col, c.segment) // unchanged: files that it no longer has do not count
 	})
 }
 
@@ -315,10 +315,10 @@ func TestLateRepeatOfAnAddedFile(t *testing.T) {
 // allocates the id of a running create again. The second create with the id fails; the
 // first is complete.
 func TestCreateWithTheIDOfAnother(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		off := func(o *testOptions) { o.Parts.Collector.Off = true }
-		c := w.taking(w.start("a", off))
-		b := w.start("b", off)
+		c := e.taking(e.start("a", off))
+		b := e.start("b", off)
 		b.store.Freeze()
 		sp := spec(c.col, "first")
 		sp.NoWait = true
@@ -326,8 +326,8 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: first.ID}))
-		_, err = w.start("c", off).Create(t.Context(), request.Token{}, spec(c.col, "second"))
+		e.put(keys.IDs, record.Encode(&storagev1.Allocator{Format: record.Format, Next: first.ID}))
+		_, err = e.start("c", off).Create(t.Context(), request.Token{}, spec(c.col, "second"))
 		wantError(t, err, meta.ErrConflict)
 		b.store.Thaw()
 		settle()
@@ -344,29 +344,29 @@ func TestCreateWithTheIDOfAnother(t *testing.T) {
 // other does not delete its files, and grants nothing before the snapshot's references
 // are loaded.
 func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		off := func(o *testOptions) { o.Parts.Collector.Off = true }
-		r := w.start("a", off)
-		col, _, x := w.collection(r, "c")
-		s, other := w.segment(r, col, 0, 1, 20), w.segment(r, col, 0, 21, 40)
-		b := segment.Build{ID: w.newID(r), Index: x.ID, Field: 100}
+		r := e.start("a", off)
+		col, _, x := e.collection(r, "c")
+		s, other := e.segment(r, col, 0, 1, 20), e.segment(r, col, 0, 21, 40)
+		b := segment.Build{ID: e.newID(r), Index: x.ID, Field: 100}
 		s.Builds = []segment.Build{b}
-		w.addWritten(r, col, s)
-		w.checkpoint(r, col, 100, 100)
-		snap := w.create(r, col, "s")
-		w.addWritten(r, col, other)
-		gone := w.newID(r) // the other collection with the segment
+		e.addWritten(r, col, s)
+		e.checkpoint(r, col, 100, 100)
+		snap := e.create(r, col, "s")
+		e.addWritten(r, col, other)
+		gone := e.newID(r) // the other collection with the segment
 		from := manifest.Dir(col.ID, snap.ID)
-		for _, key := range w.objectsUnder(from) {
-			data, err := object.ReadAll(t.Context(), w.objects, key, 1<<20)
+		for _, key := range e.objectsUnder(from) {
+			data, err := object.ReadAll(t.Context(), e.objects, key, 1<<20)
 			if err != nil {
 				t.Fatal(err)
 			}
-			w.putObject(manifest.Dir(gone, snap.ID)+strings.TrimPrefix(key, from), data)
+			e.putObject(manifest.Dir(gone, snap.ID)+strings.TrimPrefix(key, from), data)
 		}
-		asks := w.dropSegments(r, col, s.ID, other.ID) // uses the store's clock
+		asks := e.dropSegments(r, col, s.ID, other.ID) // uses the store's clock
 		r.stop()
-		kv, _, _, err := w.kv.Get(t.Context(), keys.Snapshot(snap.ID))
+		kv, _, _, err := e.kv.Get(t.Context(), keys.Snapshot(snap.ID))
 		rec := &storagev1.Snapshot{}
 		if err == nil {
 			err = record.Decode(kv, rec)
@@ -375,25 +375,25 @@ func TestSnapshotOfAnEarlierReleaseHoldsInEveryCollection(t *testing.T) {
 			t.Fatal(err)
 		}
 		rec.CollectionId, rec.History, rec.BeginRevision = gone, 0, 0
-		w.put(kv.Key, record.Encode(rec))
+		e.put(kv.Key, record.Encode(rec))
 
 		frozen := func(o *testOptions) {
 			if store, ok := o.Stores["default"].(*object.Faulty); ok {
 				store.Freeze()
 			}
 		}
-		r = w.start("b", off, frozen)
+		r = e.start("b", off, frozen)
 		_, err = r.GC.Reclaim(t.Context(), catalog.Ref{ID: col.ID}, asks[1:], gc.BySnapshotd, "tester")
 		wantError(t, err, gc.ErrLoading)
 		r.store.Thaw()
 		settle()
-		for i, a := range w.reclaim(r, col, gc.BySnapshotd, asks...) {
+		for i, a := range e.reclaim(r, col, gc.BySnapshotd, asks...) {
 			if want := 1 - i; a.Holders != want || (a.State == gc.Granted) != (want == 0) {
 				t.Errorf("%v is %+v, want %d holders", asks[i], a, want)
 			}
 		}
-		w.dropSnapshot(r, snap)
+		e.dropSnapshot(r, snap)
 		settle()
-		w.granted(w.reclaim(r, col, gc.BySnapshotd, asks[0]))
+		e.granted(e.reclaim(r, col, gc.BySnapshotd, asks[0]))
 	})
 }

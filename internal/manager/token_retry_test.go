@@ -12,9 +12,9 @@ import (
 // cannot read the token returns UNAVAILABLE, not the conflict that the first call's
 // success caused.
 func TestRepeatWithUnreadableToken(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
 		settle()
 		tok := request.Token{Principal: "local", Method: "CreateSnapshot", Value: "t", Hash: []byte{1}}
 		begun, lost := false, false

@@ -29,10 +29,10 @@ func atOnce[T any](rs []*testReplica, n int, call func(r *testReplica) (T, error
 // rejected, also concurrently.
 func TestOneTokenAtOnce(t *testing.T) {
 	const n = 64
-	inEnv(t, func(t *testing.T, w *testEnv) {
+	inEnv(t, func(t *testing.T, e *env) {
 		ctx := t.Context()
-		rs := []*testReplica{w.start("a"), w.start("b"), w.start("c")}
-		col := w.richCollection(rs[0], "c", 4)
+		rs := []*testReplica{e.start("a"), e.start("b"), e.start("c")}
+		col := e.richCollection(rs[0], "c", 4)
 		for _, r := range rs {
 			r.store.SetLatency(100 * time.Millisecond)
 		}
@@ -45,7 +45,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 				t.Fatalf("call %d: %v, err = %v; the first %v", i, s, errs[i], made[0])
 			}
 		}
-		if list := w.check(rs[1]); len(list) != 1 {
+		if list := e.check(rs[1]); len(list) != 1 {
 			t.Errorf("one token made %v", list)
 		}
 		_, errs = atOnce(rs, n,
@@ -67,7 +67,7 @@ func TestOneTokenAtOnce(t *testing.T) {
 				t.Errorf("call %d: %v, err = %v", i, won[i], err)
 			}
 		}
-		list := w.check(rs[2])
+		list := e.check(rs[2])
 		if len(list) != 2 {
 			t.Errorf("two tokens made %v", list)
 		}
@@ -75,24 +75,24 @@ func TestOneTokenAtOnce(t *testing.T) {
 		// A restore and a drop.
 		sp := restoreSpecOf(made[0])
 		tok.Method, tok.Value = "RestoreSnapshot", "restore"
-		before := w.contents()
+		before := e.contents()
 		jobs, errs := atOnce(rs, n, func(r *testReplica) (*copyjob.Job, error) { return r.Restore(ctx, tok, sp) })
 		for i, job := range jobs {
 			if errs[i] != nil || job.ID != jobs[0].ID {
 				t.Fatalf("call %d: %v, err = %v; the first %v", i, job, errs[i], jobs[0])
 			}
 		}
-		if all := w.jobs(); len(all) != 1 {
+		if all := e.jobs(); len(all) != 1 {
 			t.Errorf("one token made %v", all)
 		}
-		w.checkRestored(rs[0], before, w.waitEnded(rs[0], jobs[0].ID).Job, sp)
+		e.checkRestored(rs[0], before, e.waitEnded(rs[0], jobs[0].ID).Job, sp)
 		tok.Method, tok.Value = "DropSnapshot", "drop"
 		_, errs = atOnce(rs, n, func(r *testReplica) (int64, error) { return r.Drop(ctx, tok, Ref{Name: "one"}, 0) })
 		for _, err := range errs {
 			wantError(t, err, nil)
 		}
 		// The name is free; a repeat does not drop another snapshot of the name.
-		again := w.create(rs[0], col, "one")
+		again := e.create(rs[0], col, "one")
 		if id, err := rs[1].Drop(ctx, tok, Ref{Name: "one"}, 0); err != nil || id != made[0].ID {
 			t.Errorf("the repeat dropped %d, err = %v", id, err)
 		}

@@ -201,14 +201,14 @@ func compares(conds []meta.Cond, op meta.Op, prefix string) bool {
 // that each write compares the records that it was decided on: the leader's key in the
 // leader's loops, the assignment in workers, and the source records elsewhere.
 func TestEveryWriteHasItsPreconditions(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		j := &judged{KV: w.memory, seen: map[string]int{}, wrong: map[string]string{}}
-		w.kv = j
-		if err := identity.Check(t.Context(), w.kv, w.objects, "default", "test", rand.Reader); err != nil {
+	inEnv(t, func(t *testing.T, e *env) {
+		j := &judged{KV: e.memory, seen: map[string]int{}, wrong: map[string]string{}}
+		e.kv = j
+		if err := identity.Check(t.Context(), e.kv, e.objects, "default", "test", rand.Reader); err != nil {
 			t.Fatal(err)
 		}
-		w.live()
-		w.recovers()
+		e.live()
+		e.recovers()
 		j.mu.Lock()
 		defer j.mu.Unlock()
 		for what, text := range j.wrong {
@@ -223,8 +223,8 @@ func TestEveryWriteHasItsPreconditions(t *testing.T) {
 }
 
 // live executes every operation of a cluster, with and without faults.
-func (w *testEnv) live() {
-	t, ctx := w.t, w.t.Context()
+func (e *env) live() {
+	t, ctx := e.t, e.t.Context()
 	change := func(o *testOptions) {
 		withEpoch(o)
 		o.Parts.Collector.Tolerance, o.Parts.Collector.Interval = time.Hour, 10*time.Minute
@@ -235,8 +235,8 @@ func (w *testEnv) live() {
 			HasStore: func(a string) bool { return a == "default" }, ReadSpilled: catalog.ReadSpilled(o.Stores),
 		})
 	}
-	a, b := w.start("a", change), w.start("b", change)
-	col := w.richCollection(a, "c", 40)
+	a, b := e.start("a", change), e.start("b", change)
+	col := e.richCollection(a, "c", 40)
 	ref := catalog.Ref{ID: col.ID}
 	must := func(err error) {
 		t.Helper()
@@ -251,7 +251,7 @@ func (w *testEnv) live() {
 	text := "described"
 	_, err = a.Update(ctx, request.Token{}, Ref{ID: one.ID}, UpdateSpec{Description: &text})
 	must(err)
-	pin := w.pin(b, one, time.Hour)
+	pin := e.pin(b, one, time.Hour)
 	_, err = b.RenewPin(ctx, Ref{ID: one.ID}, pin.ID, 2*time.Hour)
 	must(err)
 	must(a.Unpin(ctx, Ref{ID: one.ID}, pin.ID))
@@ -259,7 +259,7 @@ func (w *testEnv) live() {
 	soon.TTL = time.Minute
 	_, err = a.Create(ctx, request.Token{}, soon)
 	must(err)
-	w.dropSnapshot(b, w.create(a, col, "dropped"))
+	e.dropSnapshot(b, e.create(a, col, "dropped"))
 	b.store.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCreate {
 			return object.FaultBefore
@@ -292,26 +292,26 @@ func (w *testEnv) live() {
 	sp := restoreSpecOf(one)
 	sp.Limits.Requests = 1000
 	must(second(b.Restore(ctx, token("restore", "restore"), sp)))
-	w.waitEnded(a, w.jobs()[0].ID)
+	e.waitEnded(a, e.jobs()[0].ID)
 	for _, r := range []*testReplica{a, b} {
 		r.store.SetLatency(2 * time.Second)
 	}
 	sp = restoreSpecOf(one)
 	sp.Name = "canceled"
-	job := w.restore(b, sp)
-	w.waitAssigned()
+	job := e.restore(b, sp)
+	e.waitAssigned()
 	_, err = a.Jobs.SetLimits(ctx, job.ID, copyjob.Limits{Requests: 500})
 	must(err)
 	_, err = a.Jobs.Cancel(ctx, job.ID)
 	must(err)
-	w.waitEnded(a, job.ID)
+	e.waitEnded(a, job.ID)
 	sp.Name = "interrupted"
-	job = w.restore(b, sp)
-	w.waitAssigned()
+	job = e.restore(b, sp)
+	e.waitAssigned()
 	b.kv.Freeze()
 	time.Sleep(time.Minute)
 	b.kv.Thaw()
-	w.waitEnded(a, job.ID)
+	e.waitEnded(a, job.ID)
 	for _, r := range []*testReplica{a, b} {
 		r.store.SetLatency(0)
 	}
@@ -319,53 +319,53 @@ func (w *testEnv) live() {
 		failCopies(r)
 	}
 	sp.Name = "failed"
-	w.waitEnded(a, w.restore(b, sp).ID)
+	e.waitEnded(a, e.restore(b, sp).ID)
 	for _, r := range []*testReplica{a, b} {
 		r.clearFaults()
 	}
 
 	// The catalog, and reclaims: by the engine, by the collector, of spilled units.
-	segs := w.segments(a, one)
-	w.dropSegments(a, col, segs[0].ID, segs[1].ID)
+	segs := e.segments(a, one)
+	e.dropSegments(a, col, segs[0].ID, segs[1].ID)
 	replaced := catalog.FilePath{Root: segs[2].Files[1].Root, Path: segs[2].Files[1].Path}
-	w.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{
+	e.swap(a, col, catalog.SegmentChange{Update: []catalog.Update{{
 		Segment:     segs[2].ID,
 		RemoveFiles: []catalog.FilePath{replaced},
 	}}})
 	must(second(a.catalog.DropIndex(ctx, request.Token{}, ref, "x1")))
 	must(second(a.catalog.DropPartition(ctx, request.Token{}, ref, "p1")))
 	must(second(a.catalog.RenameCollection(ctx, request.Token{}, ref, "default", "renamed")))
-	free := w.segment(a, col, 0, 100, 110)
-	w.addWritten(a, col, free)
-	tombs := w.granted(w.reclaim(a, col, gc.ByCaller, w.dropSegments(a, col, free.ID)...))
+	free := e.segment(a, col, 0, 100, 110)
+	e.addWritten(a, col, free)
+	tombs := e.granted(e.reclaim(a, col, gc.ByCaller, e.dropSegments(a, col, free.ID)...))
 	must(second(b.GC.Confirm(ctx, ref, []int64{tombs[0].ID})))
-	must(second(w.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // with a lease that outlasts its expiry
+	must(second(e.memory.Txn(ctx, meta.Txn{Then: []meta.Op{ // with a lease that outlasts its expiry
 		meta.Put(keys.RequestPrefix+"m/old",
 			record.Encode(&storagev1.Request{Format: record.Format, Done: true, ExpireTime: 1})),
 	}})))
 	time.Sleep(2 * time.Hour)
-	w.dropSnapshot(a, one)
+	e.dropSnapshot(a, one)
 	for _, name := range []string{"copy", "interrupted"} {
 		must(second(a.catalog.DropCollection(ctx, request.Token{}, catalog.Ref{DB: "default", Name: name}, 0)))
 	}
-	w.drops(b, col)
+	e.drops(b, col)
 	time.Sleep(4 * time.Hour)
 	settle()
-	if left := w.keysUnder(keys.CollectionPrefix); len(left) > 0 {
+	if left := e.keysUnder(keys.CollectionPrefix); len(left) > 0 {
 		t.Errorf("left: %v; the last round: %+v", left, a.Collector.LastCycle())
 	}
 }
 
 // recovers rolls the metadata store back, which is detected, and recovers.
-func (w *testEnv) recovers() {
-	ctx := w.t.Context()
-	r := w.start("c", withEpoch)
-	w.plantBeat(ctx, r, 1_000_000, 1_000_000)
+func (e *env) recovers() {
+	ctx := e.t.Context()
+	r := e.start("c", withEpoch)
+	e.plantBeat(ctx, r, 1_000_000, 1_000_000)
 	if err := r.o.Epoch.Check(ctx); err == nil {
-		w.t.Error("the rollback was not detected")
+		e.t.Error("the rollback was not detected")
 	}
 	if _, _, _, err := r.o.Epoch.Recover(ctx, false); err != nil {
-		w.t.Error(err)
+		e.t.Error(err)
 	}
-	w.newID(r)
+	e.newID(r)
 }

@@ -32,7 +32,7 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 	} {
 		for _, object := range []string{manifest.RefsName, manifest.MetadataName} {
 			t.Run(name+" "+object, func(t *testing.T) {
-				inEnv(t, func(_ *testing.T, w *testEnv) { w.damaged(object, damage) })
+				inEnv(t, func(_ *testing.T, e *env) { e.damaged(object, damage) })
 			})
 		}
 	}
@@ -40,36 +40,36 @@ func TestUnreadableReferencesDeleteNothing(t *testing.T) {
 
 // withoutReferences changes a snapshot's record to the form of an earlier release,
 // which described the references only in the metadata.
-func (w *testEnv) withoutReferences(s *snapshot.Record) {
-	w.t.Helper()
-	w.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
+func (e *env) withoutReferences(s *snapshot.Record) {
+	e.t.Helper()
+	e.changeRecord(s, func(r *storagev1.Snapshot) { r.References = nil })
 }
 
 // TestReadsOfAStart counts the objects that a replica reads at its start before it
 // answers: one for each snapshot, and two for a record of an earlier release. A
 // requested collection is read first.
 func TestReadsOfAStart(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a := w.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
-		many, _, _ := w.collection(a, "many")
-		few, _, _ := w.collection(a, "few")
-		held := w.segment(a, few, 0, 1, 20)
-		w.addWritten(a, few, held)
-		w.checkpoint(a, few, 100, 100)
-		w.checkpoint(a, many, 100, 100)
-		w.create(a, few, "one")
-		old := w.create(a, few, "two")
+	inEnv(t, func(t *testing.T, e *env) {
+		a := e.start("a", func(o *testOptions) { o.Parts.Collector.Off = true })
+		many, _, _ := e.collection(a, "many")
+		few, _, _ := e.collection(a, "few")
+		held := e.segment(a, few, 0, 1, 20)
+		e.addWritten(a, few, held)
+		e.checkpoint(a, few, 100, 100)
+		e.checkpoint(a, many, 100, 100)
+		e.create(a, few, "one")
+		old := e.create(a, few, "two")
 		const n = 200
 		for i := range n {
-			w.create(a, many, fmt.Sprint("m", i))
+			e.create(a, many, fmt.Sprint("m", i))
 		}
-		asks := w.dropSegments(a, few, held.ID)
+		asks := e.dropSegments(a, few, held.ID)
 		a.stop()
-		w.withoutReferences(old)
+		e.withoutReferences(old)
 
 		var mu sync.Mutex
 		reads := map[bool]int{}
-		b := w.start("b", func(o *testOptions) {
+		b := e.start("b", func(o *testOptions) {
 			o.Parts.Collector.Off = true
 			store, ok := o.Stores["default"].(*object.Faulty)
 			if !ok {
@@ -102,36 +102,36 @@ func TestReadsOfAStart(t *testing.T) {
 	})
 }
 
-func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
-	t, ctx := w.t, w.t.Context()
+func (e *env) damaged(name string, damage func([]byte) []byte) {
+	t, ctx := e.t, e.t.Context()
 	often := func(o *testOptions) {
 		o.Parts.Collector.Tolerance, o.Parts.Collector.Interval = time.Hour, 10*time.Minute
 		o.Parts.Collector.MaxShare = 1
 	}
-	a := w.start("a", often)
-	col, _, _ := w.collection(a, "c")
-	other, _, _ := w.collection(a, "other")
-	held, free, last := w.segment(a, col, 0, 1, 20), w.segment(a, col, 0, 101, 120), w.segment(a, col, 0, 121, 140)
-	elsewhere := w.segment(a, other, 0, 1, 20)
-	w.addWritten(a, col, held)
-	w.addWritten(a, other, elsewhere)
-	w.checkpoint(a, col, 100, 100)
-	s := w.create(a, col, "one")
-	w.addWritten(a, col, free, last)
+	a := e.start("a", often)
+	col, _, _ := e.collection(a, "c")
+	other, _, _ := e.collection(a, "other")
+	held, free, last := e.segment(a, col, 0, 1, 20), e.segment(a, col, 0, 101, 120), e.segment(a, col, 0, 121, 140)
+	elsewhere := e.segment(a, other, 0, 1, 20)
+	e.addWritten(a, col, held)
+	e.addWritten(a, other, elsewhere)
+	e.checkpoint(a, col, 100, 100)
+	s := e.create(a, col, "one")
+	e.addWritten(a, col, free, last)
 	key := manifest.Dir(s.Collection, s.ID) + name
-	whole := w.readObject(key)
+	whole := e.readObject(key)
 	if name == manifest.MetadataName { // read only for records of an earlier release
-		w.withoutReferences(s)
+		e.withoutReferences(s)
 	}
 	a.stop() // drops its cache
 	if damage == nil {
-		if err := w.objects.Delete(ctx, key); err != nil {
+		if err := e.objects.Delete(ctx, key); err != nil {
 			t.Fatal(err)
 		}
 	} else {
-		w.putObject(key, damage(slices.Clone(whole)))
+		e.putObject(key, damage(slices.Clone(whole)))
 	}
-	b := w.start("b", often)
+	b := e.start("b", often)
 	prefix := "data/" + strings.SplitAfter(held.Files[0].Path, "/")[0]
 	b.store.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpDelete &&
@@ -140,31 +140,31 @@ func (w *testEnv) damaged(name string, damage func([]byte) []byte) {
 		}
 		return object.FaultNone
 	})
-	asks := w.dropSegments(b, col, held.ID, free.ID)
-	w.dropSegments(b, other, elsewhere.ID)
+	asks := e.dropSegments(b, col, held.ID, free.ID)
+	e.dropSegments(b, other, elsewhere.ID)
 	for _, deleter := range []gc.Deleter{gc.ByCaller, gc.BySnapshotd} {
 		_, err := b.GC.Reclaim(ctx, catalog.Ref{ID: col.ID}, asks, deleter, "tester")
 		wantError(t, err, gc.ErrUnreadable)
 	}
 	time.Sleep(2 * time.Hour)
 	settle()
-	w.drops(b, col)
+	e.drops(b, col)
 	time.Sleep(3 * time.Hour)
 	settle()
 	if st := b.GC.Stats(); st.Unreadable != 1 {
 		t.Errorf("it is not counted: %+v", st)
 	}
-	if got := w.objectsUnder(prefix); len(got) != 3 {
+	if got := e.objectsUnder(prefix); len(got) != 3 {
 		t.Errorf("of three files there are %v", got)
 	}
-	if got := w.objectsUnder("data/"); len(got) != 3 {
+	if got := e.objectsUnder("data/"); len(got) != 3 {
 		t.Errorf("another collection is held up: %v", got)
 	}
 	b.store.Plan(nil)
-	w.putObject(key, whole)
+	e.putObject(key, whole)
 	time.Sleep(2 * time.Hour)
 	settle()
-	if got := w.objectsUnder(prefix); len(got) != 1 || got[0] != "data/"+held.Files[0].Path {
+	if got := e.objectsUnder(prefix); len(got) != 1 || got[0] != "data/"+held.Files[0].Path {
 		t.Errorf("once it was repaired there are %v", got)
 	}
 }

@@ -26,7 +26,7 @@ import (
 // and the content of each snapshot.
 type kept struct {
 	t         *testing.T
-	w         *testEnv
+	env       *env
 	r         *testReplica
 	col       catalog.Collection
 	index     int64
@@ -73,26 +73,26 @@ func (k *kept) file(kind, path string, size int) segment.File {
 }
 
 func (k *kept) build(s int64, n int) segment.Build {
-	b := segment.Build{ID: k.w.newID(k.r), Index: k.index, Field: 100}
+	b := segment.Build{ID: k.env.newID(k.r), Index: k.index, Field: 100}
 	path := []string{
 		"%[1]d/0/%[2]d/i/%[3]d/f", "%[1]d/i/%[3]d/f", "%[1]d/0/%[2]d/i/v%[3]d",
 		"foreign/%[1]d-%[2]d-%[3]d",
 	}[n%4]
 	b.Files = []segment.File{k.file(segment.KindIndex, fmt.Sprintf(path, k.col.ID, s, b.ID), 1+n)}
-	k.w.writeFiles(&segment.Segment{Builds: []segment.Build{b}})
+	k.env.writeFiles(&segment.Segment{Builds: []segment.Build{b}})
 	return b
 }
 
 func (k *kept) newSegment(n int) segment.Segment {
 	s := segment.Segment{
-		ID: k.w.newID(k.r), Level: 1, State: segment.Flushed, Rows: 1,
+		ID: k.env.newID(k.r), Level: 1, State: segment.Flushed, Rows: 1,
 		DML: segment.Position{Timestamp: 6},
 	}
 	s.Files = []segment.File{k.file(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/1", k.col.ID, s.ID), 1+n)}
 	if n%3 == 0 {
 		s.Files = append(s.Files, k.file(segment.KindStats, fmt.Sprintf("foreign/%d", s.ID), 1+n))
 	}
-	k.w.writeFiles(&s)
+	k.env.writeFiles(&s)
 	if n%2 == 0 {
 		s.Builds = []segment.Build{k.build(s.ID, n/2)}
 	}
@@ -114,18 +114,18 @@ func (k *kept) do(s step) {
 	switch s.Op {
 	case "add":
 		seg := k.newSegment(s.A)
-		k.w.add(k.r, k.col, seg)
+		k.env.add(k.r, k.col, seg)
 		k.live[seg.ID] = seg
 	case "drop":
 		if ok {
-			k.w.dropSegments(k.r, k.col, id)
+			k.env.dropSegments(k.r, k.col, id)
 			k.dropped(&seg)
 			delete(k.live, id)
 		}
 	case "compact":
 		if ok {
 			out := k.newSegment(s.B)
-			k.w.swap(k.r, k.col, catalog.SegmentChange{Drop: []int64{id}, Add: []segment.Segment{out}})
+			k.env.swap(k.r, k.col, catalog.SegmentChange{Drop: []int64{id}, Add: []segment.Segment{out}})
 			k.dropped(&seg)
 			delete(k.live, id)
 			k.live[out.ID] = out
@@ -133,7 +133,7 @@ func (k *kept) do(s step) {
 	case "rebuild":
 		if ok {
 			b := k.build(id, s.B)
-			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
+			k.env.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{Segment: id, AddBuilds: []segment.Build{b}}}})
 			for _, old := range seg.Builds {
 				u := droppedUnit{ask: gc.Ask{Build: old.ID}, segment: id, build: old.ID, files: map[string]int64{}}
 				k.ownFiles(u.files, old.Files, id)
@@ -146,10 +146,10 @@ func (k *kept) do(s step) {
 		if ok {
 			k.n++
 			f := k.file(segment.KindInsert, fmt.Sprintf("%d/0/%d/insert/100/r%d", k.col.ID, id, k.n), 1+s.B)
-			k.w.writeFiles(&segment.Segment{Files: []segment.File{f}})
+			k.env.writeFiles(&segment.Segment{Files: []segment.File{f}})
 			old := seg.Files[0]
 			path := catalog.FilePath{Path: old.Path}
-			k.w.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{
+			k.env.swap(k.r, k.col, catalog.SegmentChange{Update: []catalog.Update{{
 				Segment:     id,
 				RemoveFiles: []catalog.FilePath{path}, AddFiles: []segment.File{f},
 			}}})
@@ -164,7 +164,7 @@ func (k *kept) do(s step) {
 		}
 	case "snapshot":
 		k.n++
-		snap := k.w.create(k.r, k.col, fmt.Sprint("s", k.n))
+		snap := k.env.create(k.r, k.col, fmt.Sprint("s", k.n))
 		k.snapshots = append(k.snapshots, snap)
 		k.has[snap.ID] = maps.Clone(k.live)
 	}
@@ -177,14 +177,14 @@ func (k *kept) reclaimAll() {
 		asks = append(asks, u.ask)
 	}
 	if len(asks) > 0 {
-		k.w.reclaim(k.r, k.col, gc.BySnapshotd, asks...)
+		k.env.reclaim(k.r, k.col, gc.BySnapshotd, asks...)
 	}
 	time.Sleep(2 * time.Minute)
 	settle()
 }
 
 func (k *kept) bytes() (n int64) {
-	for info, err := range k.w.objects.List(k.t.Context(), "data/") {
+	for info, err := range k.env.objects.List(k.t.Context(), "data/") {
 		if err != nil {
 			k.t.Fatal(err)
 		}
@@ -263,12 +263,12 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 	t.Helper()
 	virtual.Test(t, func(t *testing.T) {
 		kv := metamemory.New(metamemory.Options{Now: time.Now})
-		w := &testEnv{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
-		r := w.start("a", func(o *testOptions) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
-		col, _, x := w.collection(r, "c")
-		w.checkpoint(r, col, 100, 100)
+		e := &env{t: t, kv: kv, memory: kv, objects: objectmemory.New(objectmemory.Options{Now: time.Now}), now: time.Now}
+		r := e.start("a", func(o *testOptions) { o.Log, o.MaxCreates = zap.NewNop(), 2 })
+		col, _, x := e.collection(r, "c")
+		e.checkpoint(r, col, 100, 100)
 		k := &kept{
-			t: t, w: w, r: r, col: col, index: x.ID, live: map[int64]segment.Segment{},
+			t: t, env: e, r: r, col: col, index: x.ID, live: map[int64]segment.Segment{},
 			has: map[int64]map[int64]segment.Segment{},
 		}
 		for _, s := range append(slices.Clone(steps), step{Op: "snapshot"}) {
@@ -305,7 +305,7 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 				}
 			}
 		}
-		w.dropSnapshot(r, s)
+		e.dropSnapshot(r, s)
 		k.reclaimAll()
 		freed := before - k.bytes()
 		// A drop frees more than the usage if a unit has files added after the snapshot.
@@ -314,15 +314,15 @@ func usageCourse(t *testing.T, steps []step, which int, seen *seenUsage) {
 				steps, s, freed, goes, exact, u)
 		}
 		seen.more.Add(freed - exact)
-		w.check(r)
+		e.check(r)
 	})
 }
 
 func TestUsageOfWhatIsNot(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(r, "c")
-		w.checkpoint(r, col, 100, 100)
+	inEnv(t, func(t *testing.T, e *env) {
+		r, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(r, "c")
+		e.checkpoint(r, col, 100, 100)
 		_, err := r.Usage(t.Context(), Ref{Name: "none"})
 		wantError(t, err, ErrSnapshotNotFound)
 		id, u, err := r.CheckDrop(t.Context(), Ref{Name: "none"}, 0)
@@ -341,8 +341,8 @@ func TestUsageOfWhatIsNot(t *testing.T) {
 		wantError(t, err, ErrSnapshotPending)
 		b.store.Thaw()
 		settle()
-		s := w.create(r, col, "pinned")
-		w.pin(r, s, 0)
+		s := e.create(r, col, "pinned")
+		e.pin(r, s, 0)
 		_, _, err = r.CheckDrop(t.Context(), Ref{ID: s.ID}, 0)
 		wantError(t, err, ErrSnapshotPinned)
 		if u, err := r.Usage(t.Context(), Ref{ID: s.ID}); err != nil || *u != (Usage{}) {

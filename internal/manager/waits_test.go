@@ -77,12 +77,12 @@ func waitForCut20(ctx context.Context, m *Manager, col catalog.Collection) error
 // TestWaitsForCutsShareAWatch checks that calls that wait for checkpoints share one
 // watch, and that each ends when its own collection reaches the cut or is dropped.
 func TestWaitsForCutsShareAWatch(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		other, _, _ := w.collection(r, "other")
-		w.checkpoint(r, col, 10, 10)
-		w.checkpoint(r, other, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		other, _, _ := e.collection(r, "other")
+		e.checkpoint(r, col, 10, 10)
+		e.checkpoint(r, other, 10, 10)
 		settle()
 		watches := countWatches(r)
 		of := []catalog.Collection{col, other}
@@ -93,12 +93,12 @@ func TestWaitsForCutsShareAWatch(t *testing.T) {
 		if len(ended) != 0 {
 			t.Fatalf("a call ended with %v", <-ended)
 		}
-		w.checkpoint(r, col, 19, 20)
+		e.checkpoint(r, col, 19, 20)
 		settle()
 		if len(ended) != 0 {
 			t.Fatalf("a call ended with %v", <-ended)
 		}
-		w.checkpoint(r, col, 20, 20)
+		e.checkpoint(r, col, 20, 20)
 		all(t, ended, manyWaiting/2, nil)
 		settle()
 		if len(ended) != 0 {
@@ -120,13 +120,13 @@ func TestWaitsForCutsShareAWatch(t *testing.T) {
 func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 	for _, dies := range []bool{false, true} {
 		t.Run(fmt.Sprintf("dies=%v", dies), func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				a := w.start("a")
-				col, _, _ := w.collection(a, "c")
-				w.add(a, col, w.segment(a, col, 0, 1, 2))
-				w.checkpoint(a, col, 10, 10)
+			inEnv(t, func(t *testing.T, e *env) {
+				a := e.start("a")
+				col, _, _ := e.collection(a, "c")
+				e.add(a, col, e.segment(a, col, 0, 1, 2))
+				e.checkpoint(a, col, 10, 10)
 				settle()
-				b := w.start("b")
+				b := e.start("b")
 				settle()
 				create := func(r *testReplica) error {
 					_, err := r.Create(t.Context(), token("t", "x"), spec(col, "x"))
@@ -164,12 +164,12 @@ func TestRepeatsShareTheWatchOfTheView(t *testing.T) {
 func TestWaitsOutliveTheirWatch(t *testing.T) {
 	for _, harm := range []string{"away", "compacted", "contradicted"} {
 		t.Run(harm, func(t *testing.T) {
-			inEnv(t, func(t *testing.T, w *testEnv) {
-				a := w.start("a")
-				col, _, _ := w.collection(a, "c")
-				w.checkpoint(a, col, 10, 10)
+			inEnv(t, func(t *testing.T, e *env) {
+				a := e.start("a")
+				col, _, _ := e.collection(a, "c")
+				e.checkpoint(a, col, 10, 10)
 				settle()
-				b := w.start("b")
+				b := e.start("b")
 				settle()
 				if harm != "contradicted" {
 					b.kv.Hook(func(c meta.Call) meta.Fault {
@@ -193,16 +193,16 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 					t.Fatal("a call ended")
 				}
 				if harm == "contradicted" {
-					w.memory.Overtake(true)
+					e.memory.Overtake(true)
 				}
-				w.checkpoint(a, col, 20, 20)
+				e.checkpoint(a, col, 20, 20)
 				a.store.Thaw()
 				all(t, first, 1, nil)
 				settle()
 				if harm == "compacted" {
-					_, _, now, err := w.kv.Get(t.Context(), keys.Format)
+					_, _, now, err := e.kv.Get(t.Context(), keys.Format)
 					if err == nil {
-						err = w.memory.Compact(t.Context(), now)
+						err = e.memory.Compact(t.Context(), now)
 					}
 					if err != nil {
 						t.Fatal(err)
@@ -211,7 +211,7 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 				if harm != "contradicted" && len(cuts) != 0 {
 					t.Fatalf("without its watch a call ended with %v", <-cuts)
 				}
-				w.memory.Overtake(false)
+				e.memory.Overtake(false)
 				b.kv.Hook(nil)
 				all(t, cuts, 5, nil)
 				all(t, repeats, 5, nil)
@@ -224,12 +224,12 @@ func TestWaitsOutliveTheirWatch(t *testing.T) {
 // TestChangeBeforeTheFirstWatch checks that a checkpoint that changes after a call has
 // read it and before the first watch starts is not missed.
 func TestChangeBeforeTheFirstWatch(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		r := w.start("a")
-		col, _, _ := w.collection(r, "c")
-		w.checkpoint(r, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		r := e.start("a")
+		col, _, _ := e.collection(r, "c")
+		e.checkpoint(r, col, 10, 10)
 		settle()
-		r.checkpoints.kv = &movedKV{KV: r.checkpoints.kv, move: func() { w.checkpoint(r, col, 20, 20) }}
+		r.checkpoints.kv = &movedKV{KV: r.checkpoints.kv, move: func() { e.checkpoint(r, col, 20, 20) }}
 		ended := waiting(1, func(int) error { return waitForCut20(t.Context(), r.Manager, col) })
 		all(t, ended, 1, nil)
 	})
@@ -250,10 +250,10 @@ func (k *movedKV) Get(ctx context.Context, key string) (meta.KeyValue, bool, int
 
 // TestWaitsEndWithTheReplica checks that waiting calls end when their replica stops.
 func TestWaitsEndWithTheReplica(t *testing.T) {
-	inEnv(t, func(t *testing.T, w *testEnv) {
-		a, b := w.start("a"), w.start("b")
-		col, _, _ := w.collection(a, "c")
-		w.checkpoint(a, col, 10, 10)
+	inEnv(t, func(t *testing.T, e *env) {
+		a, b := e.start("a"), e.start("b")
+		col, _, _ := e.collection(a, "c")
+		e.checkpoint(a, col, 10, 10)
 		settle()
 		a.store.Freeze()
 		first := waiting(1, func(int) error {

@@ -66,48 +66,48 @@ func collect(
 }
 
 // put writes an object past snapshotd.
-func (env *testEnv) put(t *testing.T, key string, size int) {
+func (e *env) put(t *testing.T, key string, size int) {
 	t.Helper()
-	if _, err := env.objects.Put(t.Context(), key, make([]byte, size)); err != nil {
+	if _, err := e.objects.Put(t.Context(), key, make([]byte, size)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (env *testEnv) exists(t *testing.T, key string) bool {
+func (e *env) exists(t *testing.T, key string) bool {
 	t.Helper()
-	_, err := env.objects.Head(t.Context(), key)
+	_, err := e.objects.Head(t.Context(), key)
 	return err == nil
 }
 
 // setBehind records that the metadata store is behind.
-func (env *testEnv) setBehind(t *testing.T) {
+func (e *env) setBehind(t *testing.T) {
 	t.Helper()
 	empty := []byte{1 << 3, 1} // a record of format 1
-	if _, err := env.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.RolledBack, empty)}}); err != nil {
+	if _, err := e.kv.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(keys.RolledBack, empty)}}); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func TestCollect(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(env.conn)
-	col := env.collection(t, "c")
+	collector := pb.NewCollectorServiceClient(e.conn)
+	col := e.collection(t, "c")
 	of := byID(col.GetId())
-	first := env.ids(t, 400)
+	first := e.ids(t, 400)
 	var free []int64
 	for i := range int64(300) {
 		path := fmt.Sprintf("%d/0/%d/x", of.GetId(), first+i)
-		env.put(t, "data/c/"+path, 10)
-		env.addSegments(t, of, &pb.Segment{Id: first + i, Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10}}})
+		e.put(t, "data/c/"+path, 10)
+		e.addSegments(t, of, &pb.Segment{Id: first + i, Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10}}})
 		free = append(free, first+i)
 	}
 	held := free[0]
-	env.snapshot(t, "s")
-	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+	e.snapshot(t, "s")
+	must[*pb.DropSegmentsResponse](t)(e.catalog.DropSegments(ctx,
 		&pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{held}}))
-	must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
-	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+	must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+	must[*pb.DropSegmentsResponse](t)(e.catalog.DropSegments(ctx,
 		&pb.DropSegmentsRequest{Collection: of, SegmentIds: free[1:290]}))
 
 	// All units are younger than the tolerance.
@@ -130,7 +130,7 @@ func TestCollect(t *testing.T) {
 	if n := len(items); n != 291 { // the collection and each unit
 		t.Errorf("%d items of a dry run", n)
 	}
-	env.put(t, fmt.Sprintf("snapshots/%d/%d/metadata.json", col.GetId(), env.ids(t, 1)), 7)
+	e.put(t, fmt.Sprintf("snapshots/%d/%d/metadata.json", col.GetId(), e.ids(t, 1)), 7)
 	_, sum = collect(t, collector, &pb.CollectRequest{Sweep: true})
 	if sum.GetSwept() != 0 { // the object is too young
 		t.Errorf("got %v", sum)
@@ -160,7 +160,7 @@ func TestCollect(t *testing.T) {
 	if units != 290 {
 		t.Errorf("%d units reported", units)
 	}
-	if !env.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), first+1)) {
+	if !e.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), first+1)) {
 		t.Error("a dry run deleted an object")
 	}
 	_, sum = collect(t, collector, &pb.CollectRequest{Collection: byName("c"), Tolerance: now, Force: true, Wait: true})
@@ -168,7 +168,7 @@ func TestCollect(t *testing.T) {
 		t.Errorf("got %v", sum)
 	}
 	for i, id := range free {
-		if there := env.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)); there != (i >= 290) {
+		if there := e.exists(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)); there != (i >= 290) {
 			t.Errorf("file %d exists: %v", i, there)
 		}
 	}
@@ -181,18 +181,18 @@ func TestCollect(t *testing.T) {
 
 // TestCollectWaits has a wait end with the call.
 func TestCollectWaits(t *testing.T) {
-	env := newEnv(t)
-	collector := pb.NewCollectorServiceClient(env.conn)
-	of := byID(env.collection(t, "c").GetId())
-	id := env.ids(t, 1)
-	env.addSegments(t, of, &pb.Segment{
+	e := newEnv(t)
+	collector := pb.NewCollectorServiceClient(e.conn)
+	of := byID(e.collection(t, "c").GetId())
+	id := e.ids(t, 1)
+	e.addSegments(t, of, &pb.Segment{
 		Id:    id,
 		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert"}},
 	})
-	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(t.Context(),
+	must[*pb.DropSegmentsResponse](t)(e.catalog.DropSegments(t.Context(),
 		&pb.DropSegmentsRequest{Collection: of, SegmentIds: []int64{id}}))
-	env.objects.Freeze()
-	defer env.objects.Thaw()
+	e.objects.Freeze()
+	defer e.objects.Thaw()
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	msgs, err := all(collector.Collect(ctx, &pb.CollectRequest{Tolerance: durationpb.New(0), Wait: true}))
@@ -206,21 +206,21 @@ func TestCollectWaits(t *testing.T) {
 }
 
 func TestOrphans(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(env.conn)
-	col := env.collection(t, "c")
+	collector := pb.NewCollectorServiceClient(e.conn)
+	col := e.collection(t, "c")
 	of := byID(col.GetId())
 	const many = 600
 	var want []string
 	for i := range many {
 		key := fmt.Sprintf("data/c/stray/%d", i)
-		env.put(t, key, 7)
+		e.put(t, key, 7)
 		want = append(want, key)
 	}
-	id := env.ids(t, 1)
-	env.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
-	env.addSegments(t, of, &pb.Segment{
+	id := e.ids(t, 1)
+	e.put(t, fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id), 7)
+	e.addSegments(t, of, &pb.Segment{
 		Id:    id,
 		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}},
 	})
@@ -249,7 +249,7 @@ func TestOrphans(t *testing.T) {
 	// The orphans are too young.
 	deleted, err := all(collector.DeleteOrphans(ctx,
 		&pb.DeleteOrphansRequest{Collection: of, Grace: durationpb.New(time.Hour)}))
-	if err != nil || len(deleted) != 0 || !env.exists(t, want[0]) {
+	if err != nil || len(deleted) != 0 || !e.exists(t, want[0]) {
 		t.Errorf("got %v, err = %v", deleted, err)
 	}
 	if _, err := all(collector.ListOrphans(ctx, &pb.ListOrphansRequest{})); err != nil {
@@ -258,18 +258,18 @@ func TestOrphans(t *testing.T) {
 }
 
 func TestExplainObject(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(env.conn)
-	of := byID(env.collection(t, "c").GetId())
-	id := env.ids(t, 1)
+	collector := pb.NewCollectorServiceClient(e.conn)
+	of := byID(e.collection(t, "c").GetId())
+	id := e.ids(t, 1)
 	key := fmt.Sprintf("data/c/%d/0/%d/x", of.GetId(), id)
-	env.put(t, key, 7)
-	env.addSegments(t, of, &pb.Segment{
+	e.put(t, key, 7)
+	e.addSegments(t, of, &pb.Segment{
 		Id:    id,
 		Files: []*pb.File{{Path: fmt.Sprintf("%d/0/%d/x", of.GetId(), id), Kind: "insert", SizeBytes: 7}},
 	})
-	s := env.snapshot(t, "s")
+	s := e.snapshot(t, "s")
 	got := must[*pb.ExplainObjectResponse](t)(collector.ExplainObject(ctx, &pb.ExplainObjectRequest{Key: key}))
 	if !got.GetExists() || !got.GetKept() || got.GetWhat() == "" || got.GetReason() == "" ||
 		got.GetCollectionId() != of.GetId() || got.GetSegmentId() != id {
@@ -288,20 +288,20 @@ func TestExplainObject(t *testing.T) {
 }
 
 func TestRecover(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(env.conn)
-	of := byID(env.collection(t, "c").GetId())
+	collector := pb.NewCollectorServiceClient(e.conn)
+	of := byID(e.collection(t, "c").GetId())
 	got := must[*pb.RecoverResponse](t)(collector.Recover(ctx, &pb.RecoverRequest{}))
 	if got.GetWasBehind() || got.GetNextId() == 0 {
 		t.Errorf("got %v", got)
 	}
-	env.setBehind(t)
+	e.setBehind(t)
 	if got := must[*pb.GetCollectorStatusResponse](t)(collector.GetCollectorStatus(ctx,
 		&pb.GetCollectorStatusRequest{})); !strings.Contains(got.GetBlocked(), "snapshotctl recover") {
 		t.Errorf("got %v", got)
 	}
-	if _, err := env.catalog.AllocateIds(ctx,
+	if _, err := e.catalog.AllocateIds(ctx,
 		&pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: 1}}); reason(
 		err) != "METADATA_BEHIND" || status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("got %v", err)
@@ -313,7 +313,7 @@ func TestRecover(t *testing.T) {
 	if !got.GetWasBehind() || got.GetNextId() <= got.GetSkippedFrom() {
 		t.Errorf("got %v", got)
 	}
-	if id := env.ids(t, 1); id < got.GetNextId() {
+	if id := e.ids(t, 1); id < got.GetNextId() {
 		t.Errorf("got id %d, want %d", id, got.GetNextId())
 	}
 	if again := must[*pb.RecoverResponse](t)(collector.Recover(ctx, &pb.RecoverRequest{})); again.GetWasBehind() {
@@ -322,10 +322,10 @@ func TestRecover(t *testing.T) {
 }
 
 func TestBadCollects(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	collector := pb.NewCollectorServiceClient(env.conn)
-	col := byID(env.collection(t, "c").GetId())
+	collector := pb.NewCollectorServiceClient(e.conn)
+	col := byID(e.collection(t, "c").GetId())
 	collect := func(req *pb.CollectRequest) error { _, err := all(collector.Collect(ctx, req)); return err }
 	explain := func(req *pb.ExplainObjectRequest) error { _, err := collector.ExplainObject(ctx, req); return err }
 	list := func(ref *pb.CollectionRef) error {

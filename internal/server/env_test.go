@@ -58,8 +58,8 @@ func (s *store) Get(ctx context.Context, key string) (meta.KeyValue, bool, int64
 	return s.Store.Get(ctx, key)
 }
 
-// testEnv is a server with its stores in memory, and clients.
-type testEnv struct {
+// env is a server with its stores in memory, and clients.
+type env struct {
 	kv        *store
 	objects   *object.Faulty
 	server    *server.Server
@@ -74,29 +74,29 @@ type testEnv struct {
 }
 
 // newEnv starts a server with the store "default" and further ones under aliases.
-func newEnv(t *testing.T, aliases ...string) *testEnv {
+func newEnv(t *testing.T, aliases ...string) *env {
 	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	log := zap.New(core)
-	env := &testEnv{kv: &store{Store: memkv.New(memkv.Options{})}, logs: logs, registry: prometheus.NewRegistry()}
-	env.objects = object.NewFaulty(memobject.New(memobject.Options{}))
-	objects := map[string]object.Store{"default": env.objects}
+	e := &env{kv: &store{Store: memkv.New(memkv.Options{})}, logs: logs, registry: prometheus.NewRegistry()}
+	e.objects = object.NewFaulty(memobject.New(memobject.Options{}))
+	objects := map[string]object.Store{"default": e.objects}
 	for _, alias := range aliases {
 		objects[alias] = memobject.New(memobject.Options{})
 	}
-	c, err := cluster.Open(t.Context(), env.kv, cluster.Options{Release: "test", Now: time.Now, Rand: rand.Reader})
+	c, err := cluster.Open(t.Context(), e.kv, cluster.Options{Release: "test", Now: time.Now, Rand: rand.Reader})
 	if err != nil {
 		t.Fatal(err)
 	}
-	requests := request.NewLeases(env.kv, time.Now, nil)
-	history := epoch.New(epoch.Options{KV: env.kv, Store: env.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
+	requests := request.NewLeases(e.kv, time.Now, nil)
+	history := epoch.New(epoch.Options{KV: e.kv, Store: e.objects, Cluster: c.ID, Now: time.Now, Rand: rand.Reader})
 	cat := catalog.New(catalog.Options{
-		KV: env.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: history.RaiseIDLimit,
+		KV: e.kv, Now: time.Now, Rand: rand.Reader, Requests: requests, RaiseIDs: history.RaiseIDLimit,
 		HasStore:    func(alias string) bool { return objects[alias] != nil },
 		ReadSpilled: catalog.ReadSpilled(objects),
 	})
 	r, err := replica.New(replica.Options{Shared: replica.Shared{
-		KV: env.kv, Catalog: cat, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: history,
+		KV: e.kv, Catalog: cat, Stores: objects, SnapshotStore: "default", Requests: requests, Epoch: history,
 		Replica: "r1", Now: time.Now, Rand: rand.Reader, Log: zap.NewNop(),
 	}})
 	if err != nil {
@@ -106,9 +106,9 @@ func newEnv(t *testing.T, aliases ...string) *testEnv {
 		Shared: r.Shared, Snapshots: r.Snapshots, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
 		Cluster: c, Release: "test",
 	})
-	env.server, err = server.New(server.Options{
+	e.server, err = server.New(server.Options{
 		Manager: m, GC: r.GC, Collector: r.Collector, Jobs: r.Jobs,
-		Catalog: cat, Cluster: c, KV: env.kv, Log: log, Registry: env.registry,
+		Catalog: cat, Cluster: c, KV: e.kv, Log: log, Registry: e.registry,
 		Version: "v1", Replica: "r1", Stores: append([]string{"default"}, aliases...), SnapshotStore: "default",
 	})
 	if err != nil {
@@ -117,36 +117,36 @@ func newEnv(t *testing.T, aliases ...string) *testEnv {
 	ctx, cancel := context.WithCancel(context.Background())
 	ran, served := make(chan error, 1), make(chan error, 1)
 	l := bufconn.Listen(1 << 20)
-	env.listener = l
+	e.listener = l
 	go func() { ran <- r.Run(ctx, m) }()
 	clockWritten := func() bool {
-		_, found, _, err := env.kv.Get(ctx, keys.Clock)
+		_, found, _, err := e.kv.Get(ctx, keys.Clock)
 		return found || err != nil
 	}
 	for r.Jobs.Stats().Workers == 0 || !clockWritten() { // the writes of the start
 		runtime.Gosched()
 	}
-	go func() { served <- env.server.Serve(l) }()
-	env.server.SetServing(true)
-	env.conn, err = grpc.NewClient("passthrough:///test", grpc.WithTransportCredentials(insecure.NewCredentials()),
+	go func() { served <- e.server.Serve(l) }()
+	e.server.SetServing(true)
+	e.conn, err = grpc.NewClient("passthrough:///test", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }),
 		grpc.WithDefaultCallOptions(grpc.MaxCallSendMsgSize(64<<20)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = env.conn.Close()
+		_ = e.conn.Close()
 		grace, done := context.WithTimeout(context.Background(), 10*time.Second)
 		defer done()
-		env.server.Stop(grace)
+		e.server.Stop(grace)
 		cancel()
 		if err := errors.Join(<-served, <-ran); err != nil {
 			t.Error(err)
 		}
 	})
-	env.snapshots, env.catalog = pb.NewSnapshotServiceClient(env.conn), pb.NewCatalogServiceClient(env.conn)
-	env.events, env.admin = pb.NewEventServiceClient(env.conn), pb.NewAdminServiceClient(env.conn)
-	return env
+	e.snapshots, e.catalog = pb.NewSnapshotServiceClient(e.conn), pb.NewCatalogServiceClient(e.conn)
+	e.events, e.admin = pb.NewEventServiceClient(e.conn), pb.NewAdminServiceClient(e.conn)
+	return e
 }
 
 func byName(name string) *pb.CollectionRef {
@@ -194,28 +194,28 @@ func fields(err error) []string {
 	return list
 }
 
-func (env *testEnv) collection(t *testing.T, name string) *pb.Collection {
+func (e *env) collection(t *testing.T, name string) *pb.Collection {
 	t.Helper()
-	return must[*pb.CreateCollectionResponse](t)(env.catalog.CreateCollection(t.Context(), &pb.CreateCollectionRequest{
+	return must[*pb.CreateCollectionResponse](t)(e.catalog.CreateCollection(t.Context(), &pb.CreateCollectionRequest{
 		Name: &pb.CollectionName{Name: name}, Roots: []*pb.Root{{Prefix: "data/" + name + "/"}},
 	})).GetCollection()
 }
 
-func (env *testEnv) ids(t *testing.T, n int64) int64 {
+func (e *env) ids(t *testing.T, n int64) int64 {
 	t.Helper()
-	return must[*pb.AllocateIdsResponse](t)(env.catalog.AllocateIds(t.Context(), &pb.AllocateIdsRequest{
+	return must[*pb.AllocateIdsResponse](t)(e.catalog.AllocateIds(t.Context(), &pb.AllocateIdsRequest{
 		Want: &pb.AllocateIdsRequest_Count{Count: n},
 	})).GetIds().GetFirst()
 }
 
-func (env *testEnv) addSegments(t *testing.T, ref *pb.CollectionRef, segments ...*pb.Segment) *pb.AddSegmentsResponse {
+func (e *env) addSegments(t *testing.T, ref *pb.CollectionRef, segments ...*pb.Segment) *pb.AddSegmentsResponse {
 	t.Helper()
-	resp, err := env.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: ref, Segments: segments})
+	resp, err := e.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: ref, Segments: segments})
 	return must[*pb.AddSegmentsResponse](t)(resp, err)
 }
 
-func (env *testEnv) tryAdd(ctx context.Context, msgs ...*pb.AddSegmentsRequest) (*pb.AddSegmentsResponse, error) {
-	stream, err := env.catalog.AddSegments(ctx)
+func (e *env) tryAdd(ctx context.Context, msgs ...*pb.AddSegmentsRequest) (*pb.AddSegmentsResponse, error) {
+	stream, err := e.catalog.AddSegments(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -282,28 +282,28 @@ func requireAllSet(t *testing.T, m proto.Message) {
 }
 
 // pin pins a snapshot; ttl 0: without an end.
-func (env *testEnv) pin(t *testing.T, name string, ttl time.Duration) *pb.Pin {
+func (e *env) pin(t *testing.T, name string, ttl time.Duration) *pb.Pin {
 	t.Helper()
 	req := &pb.PinSnapshotRequest{Snapshot: snapNamed(name), Owner: "job", Reason: "night"}
 	if ttl > 0 {
 		req.Ttl = durationpb.New(ttl)
 	}
-	return must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(t.Context(), req)).GetPin()
+	return must[*pb.PinSnapshotResponse](t)(e.snapshots.PinSnapshot(t.Context(), req)).GetPin()
 }
 
-func (env *testEnv) snapshot(t *testing.T, name string) *pb.Snapshot {
+func (e *env) snapshot(t *testing.T, name string) *pb.Snapshot {
 	t.Helper()
-	return must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
+	return must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
 		Collection: byName("c"), Name: name,
 	})).GetSnapshot()
 }
 
 // revision returns the revision of the newest write, except writes of the election.
-func (env *testEnv) revision(t *testing.T) int64 {
+func (e *env) revision(t *testing.T) int64 {
 	t.Helper()
 	var newest int64
 	from, to := keys.All()
-	if _, err := env.kv.Scan(t.Context(), from, to, 0, func(kvs []meta.KeyValue) error {
+	if _, err := e.kv.Scan(t.Context(), from, to, 0, func(kvs []meta.KeyValue) error {
 		for _, kv := range kvs {
 			if !strings.HasPrefix(kv.Key, "/election/") {
 				newest = max(newest, kv.ModRevision)

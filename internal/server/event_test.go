@@ -16,10 +16,10 @@ import (
 
 // TestEvents watches, resumes, and refuses invalid and compacted tokens.
 func TestEvents(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	stream, err := env.events.WatchEvents(ctx, &pb.WatchEventsRequest{})
+	stream, err := e.events.WatchEvents(ctx, &pb.WatchEventsRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,8 +36,8 @@ func TestEvents(t *testing.T) {
 	if mark.GetBookmark() == nil || mark.GetResumeToken() == "" || mark.GetRevision() == 0 {
 		t.Fatalf("got %v, want a bookmark", mark)
 	}
-	col := env.collection(t, "c")
-	must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(ctx,
+	col := e.collection(t, "c")
+	must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(ctx,
 		&pb.CreateSnapshotRequest{Collection: byName("c"), Name: "s"}))
 	describe := func(m *pb.WatchEventsResponse) string {
 		if c := m.GetCollection(); c != nil {
@@ -60,7 +60,7 @@ func TestEvents(t *testing.T) {
 	}
 	// A stream resumed after a message continues with the next.
 	for i, token := range append([]string{mark.GetResumeToken()}, tokens[:2]...) {
-		stream, err = env.events.WatchEvents(ctx, &pb.WatchEventsRequest{ResumeToken: token})
+		stream, err = e.events.WatchEvents(ctx, &pb.WatchEventsRequest{ResumeToken: token})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -71,7 +71,7 @@ func TestEvents(t *testing.T) {
 	for _, req := range []*pb.WatchEventsRequest{
 		{ResumeToken: "x"}, {ResumeToken: tokens[0], Collection: byID(col.GetId())}, {ResumeToken: tokens[0] + "A"},
 	} {
-		stream, err := env.events.WatchEvents(ctx, req)
+		stream, err := e.events.WatchEvents(ctx, req)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -79,10 +79,10 @@ func TestEvents(t *testing.T) {
 			t.Errorf("%v: got %v", req, err)
 		}
 	}
-	if err := env.kv.Compact(ctx, col.GetRevision()+1); err != nil {
+	if err := e.kv.Compact(ctx, col.GetRevision()+1); err != nil {
 		t.Fatal(err)
 	}
-	stream, err = env.events.WatchEvents(ctx, &pb.WatchEventsRequest{ResumeToken: mark.GetResumeToken()})
+	stream, err = e.events.WatchEvents(ctx, &pb.WatchEventsRequest{ResumeToken: mark.GetResumeToken()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,19 +96,19 @@ func TestEvents(t *testing.T) {
 
 // TestPinEvents watches the events of pins, resumed after each.
 func TestPinEvents(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	env.collection(t, "c")
-	env.collection(t, "other")
-	env.snapshot(t, "s")
-	stream, err := env.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other")})
+	e.collection(t, "c")
+	e.collection(t, "other")
+	e.snapshot(t, "s")
+	stream, err := e.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	mark := must[*pb.WatchEventsResponse](t)(stream.Recv())
-	removed, expires := env.pin(t, "s", time.Hour), env.pin(t, "s", time.Second)
-	must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx,
+	removed, expires := e.pin(t, "s", time.Hour), e.pin(t, "s", time.Second)
+	must[*pb.UnpinSnapshotResponse](t)(e.snapshots.UnpinSnapshot(ctx,
 		&pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: removed.GetId()}))
 	ids := func(p *pb.Pin) *pb.Pin { return &pb.Pin{Id: p.GetId(), SnapshotId: p.GetSnapshotId()} }
 	want := []*pb.PinEvent{
@@ -118,9 +118,9 @@ func TestPinEvents(t *testing.T) {
 		{Type: pb.ChangeType_CHANGE_TYPE_DELETED, Pin: ids(expires), Expired: true},
 	}
 	token := mark.GetResumeToken()
-	for i, e := range want {
+	for i, next := range want {
 		// A stream resumed after a message continues with the next.
-		stream, err := env.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other"), ResumeToken: token})
+		stream, err := e.events.WatchEvents(ctx, &pb.WatchEventsRequest{Collection: byName("other"), ResumeToken: token})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,10 +128,10 @@ func TestPinEvents(t *testing.T) {
 		for m.GetBookmark() != nil {
 			m = must[*pb.WatchEventsResponse](t)(stream.Recv())
 		}
-		if diff := cmp.Diff(e, m.GetPin(), protocmp.Transform()); diff != "" {
+		if diff := cmp.Diff(next, m.GetPin(), protocmp.Transform()); diff != "" {
 			t.Errorf("event %d: %s", i, diff)
 		}
 		token = m.GetResumeToken()
 	}
-	must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+	must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
 }

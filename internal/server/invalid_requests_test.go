@@ -20,11 +20,11 @@ import (
 // TestBadInput sends invalid requests to many methods. Each is refused and writes
 // nothing.
 func TestBadInput(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	col := env.collection(t, "c")
-	id := env.ids(t, 100)
-	env.addSegments(t, byID(col.GetId()), &pb.Segment{Id: id})
+	col := e.collection(t, "c")
+	id := e.ids(t, 100)
+	e.addSegments(t, byID(col.GetId()), &pb.Segment{Id: id})
 
 	type call struct {
 		name  string
@@ -34,7 +34,7 @@ func TestBadInput(t *testing.T) {
 	}
 	create := func(name string) func() error {
 		return func() error {
-			_, err := env.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: byID(col.GetId()), Name: name})
+			_, err := e.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{Collection: byID(col.GetId()), Name: name})
 			return err
 		}
 	}
@@ -42,13 +42,13 @@ func TestBadInput(t *testing.T) {
 		return func() error {
 			req := &pb.CreateCollectionRequest{Name: &pb.CollectionName{Name: "n"}, Roots: []*pb.Root{{Prefix: "n/"}}}
 			edit(req)
-			_, err := env.catalog.CreateCollection(ctx, req)
+			_, err := e.catalog.CreateCollection(ctx, req)
 			return err
 		}
 	}
 	add := func(s *pb.Segment) func() error {
 		return func() error {
-			_, err := env.tryAdd(ctx, &pb.AddSegmentsRequest{Collection: byID(col.GetId()), Segments: []*pb.Segment{s}})
+			_, err := e.tryAdd(ctx, &pb.AddSegmentsRequest{Collection: byID(col.GetId()), Segments: []*pb.Segment{s}})
 			return err
 		}
 	}
@@ -66,16 +66,16 @@ func TestBadInput(t *testing.T) {
 				codes.InvalidArgument, "name.name",
 			},
 			call{"partition name " + label, func() error {
-				_, err := env.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{Collection: byID(col.GetId()), Name: name})
+				_, err := e.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{Collection: byID(col.GetId()), Name: name})
 				return err
 			}, codes.InvalidArgument, "name"},
 			call{"new name " + label, func() error {
-				_, err := env.catalog.RenameCollection(ctx,
+				_, err := e.catalog.RenameCollection(ctx,
 					&pb.RenameCollectionRequest{Collection: byID(col.GetId()), NewName: &pb.CollectionName{Name: name}})
 				return err
 			}, codes.InvalidArgument, "new_name.name"},
 			call{"get snapshot " + label, func() error {
-				_, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed(name)})
+				_, err := e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed(name)})
 				return err
 			}, codes.InvalidArgument, "snapshot.name"},
 		)
@@ -89,24 +89,24 @@ func TestBadInput(t *testing.T) {
 	for _, id := range []int64{0, -1, -1 << 63} {
 		calls = append(calls,
 			call{fmt.Sprint("snapshot id ", id), func() error {
-				_, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapID(id)})
+				_, err := e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapID(id)})
 				return err
 			}, codes.InvalidArgument, "snapshot.id"},
 			call{fmt.Sprint("drop id ", id), func() error {
-				_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(id)})
+				_, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(id)})
 				return err
 			}, codes.InvalidArgument, "snapshot.id"},
 			call{fmt.Sprint("collection id ", id), func() error {
-				_, err := env.catalog.DropCollection(ctx, &pb.DropCollectionRequest{Collection: byID(id)})
+				_, err := e.catalog.DropCollection(ctx, &pb.DropCollectionRequest{Collection: byID(id)})
 				return err
 			}, codes.InvalidArgument, "collection.id"},
 			call{fmt.Sprint("segment id ", id), add(&pb.Segment{Id: id}), codes.InvalidArgument, "segments[0].id"},
 			call{fmt.Sprint("ids ", id), func() error {
-				_, err := env.catalog.AllocateIds(ctx, &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: id}})
+				_, err := e.catalog.AllocateIds(ctx, &pb.AllocateIdsRequest{Want: &pb.AllocateIdsRequest_Count{Count: id}})
 				return err
 			}, codes.InvalidArgument, "count"},
 			call{fmt.Sprint("drop segment ", id), func() error {
-				_, err := env.catalog.DropSegments(ctx,
+				_, err := e.catalog.DropSegments(ctx,
 					&pb.DropSegmentsRequest{Collection: byID(col.GetId()), SegmentIds: []int64{id}})
 				return err
 			}, codes.InvalidArgument, "segment_ids[0]"},
@@ -118,34 +118,34 @@ func TestBadInput(t *testing.T) {
 	}
 	calls = append(calls,
 		call{
-			"no snapshot", func() error { _, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{}); return err },
+			"no snapshot", func() error { _, err := e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{}); return err },
 			codes.InvalidArgument, "snapshot",
 		},
 		call{"empty ref", func() error {
-			_, err := env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: &pb.SnapshotRef{}})
+			_, err := e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: &pb.SnapshotRef{}})
 			return err
 		}, codes.InvalidArgument, "snapshot.ref"},
 		call{"negative page", func() error {
-			_, err := env.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{PageSize: -1})
+			_, err := e.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{PageSize: -1})
 			return err
 		}, codes.InvalidArgument, "page_size"},
 		call{"61 inputs", func() error {
-			_, err := env.catalog.CompactSegments(ctx, &pb.CompactSegmentsRequest{Collection: byID(col.GetId()), Inputs: inputs})
+			_, err := e.catalog.CompactSegments(ctx, &pb.CompactSegmentsRequest{Collection: byID(col.GetId()), Inputs: inputs})
 			return err
 		}, codes.InvalidArgument, ""},
 		call{"60 inputs and an output", func() error {
-			_, err := env.catalog.CompactSegments(ctx, &pb.CompactSegmentsRequest{
+			_, err := e.catalog.CompactSegments(ctx, &pb.CompactSegmentsRequest{
 				Collection: byID(col.GetId()), Inputs: inputs[:60], Outputs: []*pb.Segment{{Id: id + 90}},
 			})
 			return err
 		}, codes.InvalidArgument, ""},
 		call{"unknown field in mask", func() error {
-			_, err := env.snapshots.UpdateSnapshot(ctx,
+			_, err := e.snapshots.UpdateSnapshot(ctx,
 				&pb.UpdateSnapshotRequest{Snapshot: snapNamed("s"), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"name"}}})
 			return err
 		}, codes.InvalidArgument, "update_mask"},
 		call{"token with space", func() error {
-			_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s"), RequestToken: "a b"})
+			_, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s"), RequestToken: "a b"})
 			return err
 		}, codes.InvalidArgument, "request_token"},
 		call{
@@ -169,17 +169,17 @@ func TestBadInput(t *testing.T) {
 			"roots",
 		},
 		call{"expiry in the past", func() error {
-			_, err := env.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
+			_, err := e.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
 				Collection: byID(col.GetId()), Name: "s",
 				Expiry: &pb.CreateSnapshotRequest_ExpireTime{ExpireTime: timestamppb.New(time.Unix(1, 0))},
 			})
 			return err
 		}, codes.InvalidArgument, "expire_time"},
 		call{
-			"no collection in a stream", func() error { _, err := env.tryAdd(ctx, &pb.AddSegmentsRequest{}); return err },
+			"no collection in a stream", func() error { _, err := e.tryAdd(ctx, &pb.AddSegmentsRequest{}); return err },
 			codes.InvalidArgument, "collection",
 		},
-		call{"an empty stream", func() error { _, err := env.tryAdd(ctx); return err }, codes.InvalidArgument, "collection"},
+		call{"an empty stream", func() error { _, err := e.tryAdd(ctx); return err }, codes.InvalidArgument, "collection"},
 		call{"unallocated id", add(&pb.Segment{Id: 1 << 50}), codes.FailedPrecondition, ""},
 		call{"duplicate id", add(&pb.Segment{Id: id, Rows: 5, State: pb.Segment_STATE_GROWING}), codes.AlreadyExists, ""},
 		call{"rows without a file", add(&pb.Segment{Id: id + 1, Rows: 5}), codes.InvalidArgument, "segments[0].files"},
@@ -193,25 +193,25 @@ func TestBadInput(t *testing.T) {
 			codes.InvalidArgument, "segments[0].files[0].size_bytes",
 		},
 		call{"a message too large", func() error {
-			_, err := env.catalog.CreateCollection(ctx,
+			_, err := e.catalog.CreateCollection(ctx,
 				&pb.CreateCollectionRequest{ConsistencyLevel: strings.Repeat("x", 5<<20)})
 			return err
 		}, codes.ResourceExhausted, ""},
 		call{"a message too large in a stream", func() error {
-			_, err := env.tryAdd(ctx, &pb.AddSegmentsRequest{Segments: []*pb.Segment{{EngineData: make([]byte, 5<<20)}}})
+			_, err := e.tryAdd(ctx, &pb.AddSegmentsRequest{Segments: []*pb.Segment{{EngineData: make([]byte, 5<<20)}}})
 			return err
 		}, codes.ResourceExhausted, ""},
 		call{"metadata too large", func() error {
-			_, err := env.admin.GetServerInfo(metadata.AppendToOutgoingContext(ctx, "x", strings.Repeat("y", 10<<20)),
+			_, err := e.admin.GetServerInfo(metadata.AppendToOutgoingContext(ctx, "x", strings.Repeat("y", 10<<20)),
 				&pb.GetServerInfoRequest{})
 			return err
 		}, codes.Internal, ""}, // from gRPC itself
 		call{
-			"key without slash", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "x"}); return err },
+			"key without slash", func() error { _, err := e.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "x"}); return err },
 			codes.InvalidArgument, "key",
 		},
 		call{
-			"unknown key", func() error { _, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/x"}); return err },
+			"unknown key", func() error { _, err := e.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/x"}); return err },
 			codes.NotFound, "",
 		},
 	)
@@ -226,7 +226,7 @@ func TestBadInput(t *testing.T) {
 	}
 	for _, c := range calls {
 		t.Run(c.name, func(t *testing.T) {
-			before := env.revision(t)
+			before := e.revision(t)
 			err := c.send()
 			if c.name == "metadata too large" && err != nil {
 				return // the error of gRPC varies
@@ -243,7 +243,7 @@ func TestBadInput(t *testing.T) {
 			if n := len(status.Convert(err).Message()); n > 3000 {
 				t.Errorf("%d bytes of message", n)
 			}
-			if after := env.revision(t); after != before {
+			if after := e.revision(t); after != before {
 				t.Errorf("written: revision %d, before %d", after, before)
 			}
 		})
@@ -252,17 +252,17 @@ func TestBadInput(t *testing.T) {
 
 // TestMalformed sends messages that gRPC itself refuses.
 func TestMalformed(t *testing.T) {
-	env := newEnv(t)
-	before := env.revision(t)
+	e := newEnv(t)
+	before := e.revision(t)
 	for _, data := range [][]byte{{0x12, 2, 0xff, 0xfe}, {0x0a, 0x7f}, make([]byte, 20<<20)} {
 		raw := &rawMessage{data: data}
-		err := env.conn.Invoke(t.Context(), pb.SnapshotService_CreateSnapshot_FullMethodName, raw,
+		err := e.conn.Invoke(t.Context(), pb.SnapshotService_CreateSnapshot_FullMethodName, raw,
 			&pb.CreateSnapshotResponse{}, grpc.ForceCodec(raw))
 		if code := status.Code(err); code != codes.Internal && code != codes.ResourceExhausted {
 			t.Errorf("got %v", err)
 		}
 	}
-	if after := env.revision(t); after != before {
+	if after := e.revision(t); after != before {
 		t.Errorf("written: revision %d, before %d", after, before)
 	}
 }
@@ -278,12 +278,12 @@ func (m *rawMessage) Name() string { return "proto" }
 
 // TestReserveNotAllowed refuses to reserve ids unless the configuration allows it.
 func TestReserveNotAllowed(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	for _, want := range []*pb.AllocateIdsRequest{
 		{Want: &pb.AllocateIdsRequest_Reserve{Reserve: &pb.IdRange{First: 1000, Count: 10}}},
 		{Want: &pb.AllocateIdsRequest_Release{Release: &pb.IdRange{First: 1000, Count: 10}}},
 	} {
-		if _, err := env.catalog.AllocateIds(t.Context(), want); reason(err) != "RESERVE_NOT_ALLOWED" ||
+		if _, err := e.catalog.AllocateIds(t.Context(), want); reason(err) != "RESERVE_NOT_ALLOWED" ||
 			status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("%v: %v", want, err)
 		}
@@ -293,15 +293,15 @@ func TestReserveNotAllowed(t *testing.T) {
 // TestTooManyElements refuses a message with too many nested elements with a reason, also
 // in a stream.
 func TestTooManyElements(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	seg := &pb.Segment{Id: 1}
 	for range 1_000_000 {
 		seg.Files = append(seg.Files, &pb.File{})
 	}
 	ref := byID(1)
-	_, unaryErr := env.catalog.CompactSegments(t.Context(),
+	_, unaryErr := e.catalog.CompactSegments(t.Context(),
 		&pb.CompactSegmentsRequest{Collection: ref, Inputs: []int64{1}, Outputs: []*pb.Segment{seg}})
-	_, streamErr := env.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{seg}})
+	_, streamErr := e.tryAdd(t.Context(), &pb.AddSegmentsRequest{Collection: ref, Segments: []*pb.Segment{seg}})
 	for _, err := range []error{unaryErr, streamErr} {
 		if reason(err) != "MESSAGE_TOO_LARGE" || status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("%v", err)

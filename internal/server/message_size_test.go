@@ -83,19 +83,19 @@ func (s *recordedStream) RecvMsg(m any) error {
 
 // withPlainClient returns env with a client without size options, and the sizes of its
 // responses.
-func (env *testEnv) withPlainClient(t *testing.T) (*testEnv, *responseSizes) {
+func (e *env) withPlainClient(t *testing.T) (*env, *responseSizes) {
 	t.Helper()
 	a := &responseSizes{largest: map[string]int{}}
 	conn, err := grpc.NewClient("passthrough:///plain", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return env.listener.DialContext(ctx)
+			return e.listener.DialContext(ctx)
 		}),
 		grpc.WithUnaryInterceptor(a.unary), grpc.WithStreamInterceptor(a.stream))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	p := *env
+	p := *e
 	p.conn = conn
 	p.snapshots, p.catalog = pb.NewSnapshotServiceClient(conn), pb.NewCatalogServiceClient(conn)
 	p.events, p.admin = pb.NewEventServiceClient(conn), pb.NewAdminServiceClient(conn)
@@ -140,7 +140,7 @@ func pagesOf[T proto.Message](
 func TestEveryAnswerIsBounded(t *testing.T) { //nolint:maintidx // one sequence of many steps
 	store := long(255, 1)
 	plain, got := newEnv(t, store).withPlainClient(t)
-	b := &largeEnv{testEnv: plain, t: t, store: store}
+	b := &largeEnv{env: plain, t: t, store: store}
 	reclaims, collectors := pb.NewReclaimServiceClient(plain.conn), pb.NewCollectorServiceClient(plain.conn)
 	ctx := t.Context()
 
@@ -197,7 +197,7 @@ func TestEveryAnswerIsBounded(t *testing.T) { //nolint:maintidx // one sequence 
 
 // largeEnv is an environment with the largest possible records.
 type largeEnv struct {
-	*testEnv
+	*env
 	t     *testing.T
 	store string // longest alias
 
@@ -768,12 +768,12 @@ func (b *largeEnv) watch(token string) {
 // in trailers, of which gRPC clients in Java, C and Python accept 8 KiB by default.
 func TestErrorsFitIntoTrailers(t *testing.T) {
 	const limit = 7 << 10
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	env.collection(t, "c")
-	env.snapshot(t, "s")
+	e.collection(t, "c")
+	e.snapshot(t, "s")
 	for range 20 {
-		must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx, &pb.PinSnapshotRequest{
+		must[*pb.PinSnapshotResponse](t)(e.snapshots.PinSnapshot(ctx, &pb.PinSnapshotRequest{
 			Snapshot: snapNamed("s"), Owner: strings.Repeat("é", 127), Reason: strings.Repeat("é", 128),
 		}))
 	}
@@ -785,26 +785,26 @@ func TestErrorsFitIntoTrailers(t *testing.T) {
 	}
 	for name, call := range map[string]func(...grpc.CallOption) error{
 		"a drop under pins": func(o ...grpc.CallOption) error {
-			_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}, o...)
+			_, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}, o...)
 			return err
 		},
 		"a long key of a map": func(o ...grpc.CallOption) error {
-			_, err := env.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
+			_, err := e.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
 				Collection: byName("c"), Name: "x", Labels: map[string]string{long: ""},
 			}, o...)
 			return err
 		},
 		"long keys of a map": func(o ...grpc.CallOption) error {
-			_, err := env.snapshots.CreateSnapshot(ctx,
+			_, err := e.snapshots.CreateSnapshot(ctx,
 				&pb.CreateSnapshotRequest{Collection: byName("c"), Name: "x", Labels: labels}, o...)
 			return err
 		},
 		"many violations": func(o ...grpc.CallOption) error {
-			_, err := env.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: byName("c"), SegmentIds: ids}, o...)
+			_, err := e.catalog.DropSegments(ctx, &pb.DropSegmentsRequest{Collection: byName("c"), SegmentIds: ids}, o...)
 			return err
 		},
 		"a long key": func(o ...grpc.CallOption) error {
-			_, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/" + strings.Repeat("é", 511)}, o...)
+			_, err := e.admin.GetKey(ctx, &pb.GetKeyRequest{Key: "/" + strings.Repeat("é", 511)}, o...)
 			return err
 		},
 	} {

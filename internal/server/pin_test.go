@@ -18,41 +18,41 @@ import (
 
 // TestPins pins, renews and removes, and refuses the drop of a pinned snapshot.
 func TestPins(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	env.collection(t, "c")
-	snap := env.snapshot(t, "s")
+	e.collection(t, "c")
+	snap := e.snapshot(t, "s")
 	req := &pb.PinSnapshotRequest{
 		Snapshot: snapNamed("s"), Owner: "backup-job", Reason: "nightly export",
 		Ttl: durationpb.New(90500 * time.Millisecond), RequestToken: "t-1",
 	}
-	pin := must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx, req)).GetPin()
+	pin := must[*pb.PinSnapshotResponse](t)(e.snapshots.PinSnapshot(ctx, req)).GetPin()
 	requireAllSet(t, pin)
 	if pin.GetSnapshotId() != snap.GetId() || pin.GetOwner() != "backup-job" || pin.GetReason() != "nightly export" ||
 		pin.GetTtl().AsDuration() != 91*time.Second ||
 		pin.GetExpireTime().AsTime().Sub(pin.GetCreateTime().AsTime()) != 91*time.Second {
 		t.Errorf("got %v", pin)
 	}
-	again := must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx, req)).GetPin()
+	again := must[*pb.PinSnapshotResponse](t)(e.snapshots.PinSnapshot(ctx, req)).GetPin()
 	if diff := cmp.Diff(pin, again, protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
 	reused := proto.CloneOf(req)
 	reused.Owner = "another"
-	if _, err := env.snapshots.PinSnapshot(ctx, reused); reason(err) != "REQUEST_TOKEN_REUSED" {
+	if _, err := e.snapshots.PinSnapshot(ctx, reused); reason(err) != "REQUEST_TOKEN_REUSED" {
 		t.Errorf("got %v", err)
 	}
-	key := must[*pb.GetKeyResponse](t)(env.admin.GetKey(ctx,
+	key := must[*pb.GetKeyResponse](t)(e.admin.GetKey(ctx,
 		&pb.GetKeyRequest{Key: fmt.Sprintf("/snapshot/pin/%d/%d", snap.GetId(), pin.GetId())}))
 	if !key.GetLeased() {
 		t.Errorf("got %v", key)
 	}
-	_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")})
+	_, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")})
 	if reason(err) != "SNAPSHOT_PINNED" || status.Code(err) != codes.FailedPrecondition ||
 		!strings.Contains(err.Error(), fmt.Sprintf("pinned by %d (backup-job: nightly export until 2", pin.GetId())) {
 		t.Errorf("got %v", err)
 	}
-	renewed := must[*pb.RenewPinResponse](t)(env.snapshots.RenewPin(ctx,
+	renewed := must[*pb.RenewPinResponse](t)(e.snapshots.RenewPin(ctx,
 		&pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId(), Ttl: durationpb.New(time.Hour)})).GetPin()
 	want := proto.CloneOf(pin)
 	want.Ttl, want.ExpireTime = durationpb.New(time.Hour), renewed.GetExpireTime()
@@ -60,39 +60,39 @@ func TestPins(t *testing.T) {
 		!renewed.GetExpireTime().AsTime().After(pin.GetExpireTime().AsTime()) {
 		t.Error(renewed, diff)
 	}
-	list := must[*pb.ListPinsResponse](t)(env.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: snapID(snap.GetId())}))
+	list := must[*pb.ListPinsResponse](t)(e.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: snapID(snap.GetId())}))
 	if diff := cmp.Diff([]*pb.Pin{renewed}, list.GetPins(), protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
-	unlimited := env.pin(t, "s", 0)
+	unlimited := e.pin(t, "s", 0)
 	if unlimited.GetTtl() != nil || unlimited.GetExpireTime() != nil {
 		t.Errorf("got %v", unlimited)
 	}
-	_, err = env.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: unlimited.GetId()})
+	_, err = e.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: unlimited.GetId()})
 	if reason(err) != "PIN_HAS_NO_TTL" || status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("got %v", err)
 	}
 	for _, id := range []int64{pin.GetId(), pin.GetId(), unlimited.GetId()} { // a repeated removal succeeds
-		must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx,
+		must[*pb.UnpinSnapshotResponse](t)(e.snapshots.UnpinSnapshot(ctx,
 			&pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: id}))
 	}
-	_, err = env.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
+	_, err = e.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
 	if reason(err) != "PIN_NOT_FOUND" || status.Code(err) != codes.NotFound ||
 		!strings.Contains(err.Error(), "pin it again") {
 		t.Errorf("got %v", err)
 	}
-	must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
-	must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx,
+	must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
+	must[*pb.UnpinSnapshotResponse](t)(e.snapshots.UnpinSnapshot(ctx,
 		&pb.UnpinSnapshotRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()}))
-	_, err = env.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
+	_, err = e.snapshots.RenewPin(ctx, &pb.RenewPinRequest{Snapshot: snapNamed("s"), PinId: pin.GetId()})
 	if reason(err) != "PIN_NOT_FOUND" {
 		t.Errorf("got %v", err)
 	}
-	if _, err = env.snapshots.ListPins(ctx,
+	if _, err = e.snapshots.ListPins(ctx,
 		&pb.ListPinsRequest{Snapshot: snapNamed("s")}); reason(err) != "SNAPSHOT_NOT_FOUND" {
 		t.Errorf("got %v", err)
 	}
-	if _, err = env.snapshots.PinSnapshot(ctx,
+	if _, err = e.snapshots.PinSnapshot(ctx,
 		&pb.PinSnapshotRequest{Snapshot: snapNamed("s"), Owner: "o"}); reason(err) != "SNAPSHOT_NOT_FOUND" {
 		t.Errorf("got %v", err)
 	}
@@ -100,19 +100,19 @@ func TestPins(t *testing.T) {
 
 // TestPinPages lists the pins of one and of all snapshots.
 func TestPinPages(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	env.collection(t, "c")
+	e.collection(t, "c")
 	for _, name := range []string{"s", "r"} {
-		env.snapshot(t, name)
+		e.snapshot(t, name)
 	}
 	var all, ofS []*pb.Pin
 	for range 5 {
-		p := env.pin(t, "s", time.Hour)
+		p := e.pin(t, "s", time.Hour)
 		all, ofS = append(all, p), append(ofS, p)
 	}
 	for range 5 {
-		all = append(all, env.pin(t, "r", 0))
+		all = append(all, e.pin(t, "r", 0))
 	}
 	var token string
 	for _, tc := range []struct {
@@ -122,7 +122,7 @@ func TestPinPages(t *testing.T) {
 		var got []*pb.Pin
 		req := &pb.ListPinsRequest{Snapshot: tc.of, PageSize: 2}
 		for {
-			page := must[*pb.ListPinsResponse](t)(env.snapshots.ListPins(ctx, req))
+			page := must[*pb.ListPinsResponse](t)(e.snapshots.ListPins(ctx, req))
 			if got = append(got, page.GetPins()...); len(page.GetPins()) > 2 {
 				t.Errorf("a page of %d", len(page.GetPins()))
 			}
@@ -141,7 +141,7 @@ func TestPinPages(t *testing.T) {
 		{Snapshot: snapNamed("s"), PageToken: token + "A"},
 		{PageToken: "x"},
 	} {
-		if _, err := env.snapshots.ListPins(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" ||
+		if _, err := e.snapshots.ListPins(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" ||
 			status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%v: got %v", bad, err)
 		}
@@ -150,18 +150,18 @@ func TestPinPages(t *testing.T) {
 
 // TestBadPins sends invalid calls about pins. Each is refused and writes nothing.
 func TestBadPins(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	env.collection(t, "c")
-	env.snapshot(t, "s")
-	env.snapshot(t, "other")
-	env.snapshot(t, "deleting")
-	pin := env.pin(t, "s", time.Hour)
-	env.objects.Freeze()
-	defer env.objects.Thaw()
-	must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(ctx,
+	e.collection(t, "c")
+	e.snapshot(t, "s")
+	e.snapshot(t, "other")
+	e.snapshot(t, "deleting")
+	pin := e.pin(t, "s", time.Hour)
+	e.objects.Freeze()
+	defer e.objects.Thaw()
+	must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(ctx,
 		&pb.CreateSnapshotRequest{Collection: byName("c"), Name: "pending", Wait: new(false)}))
-	deleting := must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx,
+	deleting := must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx,
 		&pb.DropSnapshotRequest{Snapshot: snapNamed("deleting")})).GetSnapshotId()
 	type call struct {
 		name   string
@@ -174,12 +174,12 @@ func TestBadPins(t *testing.T) {
 		return call{name, func() error {
 			req := &pb.PinSnapshotRequest{Snapshot: snapNamed("s"), Owner: "o"}
 			edit(req)
-			_, err := env.snapshots.PinSnapshot(ctx, req)
+			_, err := e.snapshots.PinSnapshot(ctx, req)
 			return err
 		}, code, reason, field}
 	}
 	renew := func(name, reason, field string, code codes.Code, req *pb.RenewPinRequest) call {
-		return call{name, func() error { _, err := env.snapshots.RenewPin(ctx, req); return err }, code, reason, field}
+		return call{name, func() error { _, err := e.snapshots.RenewPin(ctx, req); return err }, code, reason, field}
 	}
 	const invalid, precondition = codes.InvalidArgument, codes.FailedPrecondition
 	calls := []call{
@@ -209,19 +209,19 @@ func TestBadPins(t *testing.T) {
 		renew("renew of no snapshot", "PIN_NOT_FOUND", "", codes.NotFound,
 			&pb.RenewPinRequest{Snapshot: snapNamed("none"), PinId: pin.GetId()}),
 		{"remove no pin", func() error {
-			_, err := env.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s")})
+			_, err := e.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{Snapshot: snapNamed("s")})
 			return err
 		}, invalid, "INVALID_REQUEST", "pin_id"},
 		{"remove without a snapshot", func() error {
-			_, err := env.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{PinId: 5})
+			_, err := e.snapshots.UnpinSnapshot(ctx, &pb.UnpinSnapshotRequest{PinId: 5})
 			return err
 		}, invalid, "INVALID_REQUEST", "snapshot"},
 		{"a negative page", func() error {
-			_, err := env.snapshots.ListPins(ctx, &pb.ListPinsRequest{PageSize: -1})
+			_, err := e.snapshots.ListPins(ctx, &pb.ListPinsRequest{PageSize: -1})
 			return err
 		}, invalid, "INVALID_REQUEST", "page_size"},
 		{"an empty reference", func() error {
-			_, err := env.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: &pb.SnapshotRef{}})
+			_, err := e.snapshots.ListPins(ctx, &pb.ListPinsRequest{Snapshot: &pb.SnapshotRef{}})
 			return err
 		}, invalid, "INVALID_REQUEST", "snapshot.ref"},
 	}
@@ -243,7 +243,7 @@ func TestBadPins(t *testing.T) {
 	}
 	for _, c := range calls {
 		t.Run(c.name, func(t *testing.T) {
-			before := env.revision(t)
+			before := e.revision(t)
 			err := c.send()
 			if status.Code(err) != c.code || reason(err) != c.reason {
 				t.Errorf("got %v (%s), want %v %s", err, reason(err), c.code, c.reason)
@@ -251,7 +251,7 @@ func TestBadPins(t *testing.T) {
 			if got := fields(err); c.field != "" && (len(got) == 0 || got[0] != c.field) {
 				t.Errorf("fields %q of %v, want %q", got, err, c.field)
 			}
-			if after := env.revision(t); after != before {
+			if after := e.revision(t); after != before {
 				t.Errorf("written: revision %d, before %d", after, before)
 			}
 		})
@@ -263,9 +263,9 @@ func TestBadPins(t *testing.T) {
 		{Snapshot: snapID(deleting), PinId: 5},
 		{Snapshot: snapNamed("other"), PinId: pin.GetId()},
 	} {
-		must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx, req))
+		must[*pb.UnpinSnapshotResponse](t)(e.snapshots.UnpinSnapshot(ctx, req))
 	}
-	if left := must[*pb.ListPinsResponse](t)(env.snapshots.ListPins(ctx,
+	if left := must[*pb.ListPinsResponse](t)(e.snapshots.ListPins(ctx,
 		&pb.ListPinsRequest{})).GetPins(); len(left) != 1 {
 		t.Errorf("left %v", left)
 	}

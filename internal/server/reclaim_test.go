@@ -51,20 +51,20 @@ func outcomes(results []*pb.ReclaimResult) string {
 // TestReferencesOfADroppedCollection checks the holders of a segment by the name of its
 // dropped collection.
 func TestReferencesOfADroppedCollection(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	col := env.collection(t, "c")
-	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+	col := e.collection(t, "c")
+	index := must[*pb.CreateIndexResponse](t)(e.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 101,
 	})).GetIndex()
-	s := fullSegment(env.ids(t, 10), 0, index.GetId())
+	s := fullSegment(e.ids(t, 10), 0, index.GetId())
 	s.RowCeiling, s.CommitTimestamp = 0, 0
-	env.addSegments(t, byID(col.GetId()), s)
-	env.snapshot(t, "s0")
-	must[*pb.DropCollectionResponse](t)(env.catalog.DropCollection(ctx,
+	e.addSegments(t, byID(col.GetId()), s)
+	e.snapshot(t, "s0")
+	must[*pb.DropCollectionResponse](t)(e.catalog.DropCollection(ctx,
 		&pb.DropCollectionRequest{Collection: byName("c")}))
 	req := &pb.CheckReferencesRequest{Collection: byName("c"), Units: []*pb.Unit{segmentUnit(s.GetId())}}
-	checked := must[*pb.CheckReferencesResponse](t)(pb.NewReclaimServiceClient(env.conn).CheckReferences(ctx,
+	checked := must[*pb.CheckReferencesResponse](t)(pb.NewReclaimServiceClient(e.conn).CheckReferences(ctx,
 		req)).GetUnits()
 	if len(checked) != 1 || len(checked[0].GetHolders()) != 1 {
 		t.Errorf("got %v", checked)
@@ -72,23 +72,23 @@ func TestReferencesOfADroppedCollection(t *testing.T) {
 }
 
 func TestReclaim(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(env.conn)
-	col := env.collection(t, "c")
-	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+	reclaims := pb.NewReclaimServiceClient(e.conn)
+	col := e.collection(t, "c")
+	index := must[*pb.CreateIndexResponse](t)(e.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 101,
 	})).GetIndex()
-	first := env.ids(t, 20)
+	first := e.ids(t, 20)
 	for i := range int64(3) {
 		s := fullSegment(first+4*i, 0, index.GetId())
 		s.RowCeiling, s.CommitTimestamp = 0, 0
-		env.addSegments(t, byID(col.GetId()), s)
+		e.addSegments(t, byID(col.GetId()), s)
 	}
 	for i := range 10 {
-		env.snapshot(t, fmt.Sprint("s", i))
+		e.snapshot(t, fmt.Sprint("s", i))
 	}
-	must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+	must[*pb.DropSegmentsResponse](t)(e.catalog.DropSegments(ctx,
 		&pb.DropSegmentsRequest{Collection: byID(col.GetId()), SegmentIds: []int64{first, first + 4}}))
 	ask := func(deleter pb.Deleter, units ...*pb.Unit) []*pb.ReclaimResult {
 		t.Helper()
@@ -103,7 +103,7 @@ func TestReclaim(t *testing.T) {
 	if got != want {
 		t.Errorf("got %s\nwant %s", got, want)
 	}
-	p := must[*pb.PinSnapshotResponse](t)(env.snapshots.PinSnapshot(ctx,
+	p := must[*pb.PinSnapshotResponse](t)(e.snapshots.PinSnapshot(ctx,
 		&pb.PinSnapshotRequest{Snapshot: snapNamed("s9"), Owner: "job", Reason: "why"})).GetPin()
 	checked := must[*pb.CheckReferencesResponse](t)(reclaims.CheckReferences(ctx, &pb.CheckReferencesRequest{
 		Collection: byName("c"), Units: []*pb.Unit{
@@ -123,10 +123,10 @@ func TestReclaim(t *testing.T) {
 		h.GetPins()[0].GetId() != p.GetId() {
 		t.Errorf("got %v", h)
 	}
-	must[*pb.UnpinSnapshotResponse](t)(env.snapshots.UnpinSnapshot(ctx,
+	must[*pb.UnpinSnapshotResponse](t)(e.snapshots.UnpinSnapshot(ctx,
 		&pb.UnpinSnapshotRequest{Snapshot: snapNamed("s9"), PinId: p.GetId()}))
 	for i := range 10 {
-		must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx,
+		must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx,
 			&pb.DropSnapshotRequest{Snapshot: snapNamed(fmt.Sprint("s", i))}))
 	}
 	results := ask(pb.Deleter_DELETER_CALLER, fileUnit(fmt.Sprintf("1/0/%d/x", first), 0), segmentUnit(first),
@@ -148,8 +148,8 @@ func TestReclaim(t *testing.T) {
 		t.Errorf("got %v, want %v", again, tomb)
 	}
 	// The tombstone of snapshotd stays while deletes are blocked.
-	env.objects.Freeze()
-	defer env.objects.Thaw()
+	e.objects.Freeze()
+	defer e.objects.Thaw()
 	if got := outcomes(ask(pb.Deleter_DELETER_SNAPSHOTD, segmentUnit(first+4))); got != "GRANTED" {
 		t.Errorf("got %s", got)
 	}
@@ -190,15 +190,15 @@ func TestReclaim(t *testing.T) {
 
 // TestTombstonePages reads pages that are bounded by their bytes.
 func TestTombstonePages(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(env.conn)
-	env.objects.Freeze()
-	defer env.objects.Thaw()
+	reclaims := pb.NewReclaimServiceClient(e.conn)
+	e.objects.Freeze()
+	defer e.objects.Thaw()
 	var want []string
 	for _, name := range []string{"a", "b"} {
-		col := env.collection(t, name)
-		first := env.ids(t, 3)
+		col := e.collection(t, name)
+		first := e.ids(t, 3)
 		var ids []int64
 		for i := range int64(3) {
 			s := &pb.Segment{Id: first + i}
@@ -206,11 +206,11 @@ func TestTombstonePages(t *testing.T) {
 				s.Files = append(s.Files, &pb.File{Path: fmt.Sprintf("%d/0/%d/%s%d", col.GetId(), first+i,
 					strings.Repeat("long/", 100), n), Kind: "insert"})
 			}
-			env.addSegments(t, byID(col.GetId()), s)
+			e.addSegments(t, byID(col.GetId()), s)
 			ids = append(ids, s.GetId())
 			want = append(want, fmt.Sprint(col.GetId(), "/", s.GetId()))
 		}
-		must[*pb.DropSegmentsResponse](t)(env.catalog.DropSegments(ctx,
+		must[*pb.DropSegmentsResponse](t)(e.catalog.DropSegments(ctx,
 			&pb.DropSegmentsRequest{Collection: byName(name), SegmentIds: ids}))
 		units := convertIDs(ids)
 		must[*pb.ReclaimResponse](t)(reclaims.Reclaim(ctx,
@@ -263,10 +263,10 @@ func convertIDs(ids []int64) []*pb.Unit {
 }
 
 func TestBadReclaims(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	reclaims := pb.NewReclaimServiceClient(env.conn)
-	col := byID(env.collection(t, "c").GetId())
+	reclaims := pb.NewReclaimServiceClient(e.conn)
+	col := byID(e.collection(t, "c").GetId())
 	many := func(n int) []*pb.Unit {
 		list := make([]*pb.Unit, n)
 		for i := range list {
@@ -349,7 +349,7 @@ func TestBadReclaims(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// An unreadable record.
-	if _, err := env.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Snapshot(999), []byte("nonsense"))}}); err != nil {
+	if _, err := e.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Put(keys.Snapshot(999), []byte("nonsense"))}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := units(many(1)...); reason(err) != "REFERENCES_UNREADABLE" || status.Code(err) != codes.FailedPrecondition {

@@ -16,24 +16,24 @@ import (
 )
 
 // snapshotOf creates a collection of segments with their files, and a snapshot of it.
-func (env *testEnv) snapshotOf(t *testing.T, name string) *pb.Snapshot {
+func (e *env) snapshotOf(t *testing.T, name string) *pb.Snapshot {
 	t.Helper()
-	col := env.collection(t, name)
-	part := must[*pb.CreatePartitionResponse](t)(env.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
+	col := e.collection(t, name)
+	part := must[*pb.CreatePartitionResponse](t)(e.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
 		Collection: byID(col.GetId()), Name: "p",
 	})).GetPartition()
-	first := env.ids(t, 4)
+	first := e.ids(t, 4)
 	for i := range int64(4) {
 		path := fmt.Sprintf("%d/%d/%d/insert/100/1", col.GetId(), part.GetId(), first+i)
-		if _, err := env.objects.Put(t.Context(), "data/"+name+"/"+path, []byte("ten bytes.")); err != nil {
+		if _, err := e.objects.Put(t.Context(), "data/"+name+"/"+path, []byte("ten bytes.")); err != nil {
 			t.Fatal(err)
 		}
-		env.addSegments(t, byID(col.GetId()), &pb.Segment{
+		e.addSegments(t, byID(col.GetId()), &pb.Segment{
 			Id: first + i, PartitionId: part.GetId(), State: pb.Segment_STATE_FLUSHED, Level: pb.Segment_LEVEL_L1, Rows: 1,
 			Files: []*pb.File{{Path: path, Kind: "insert", SizeBytes: 10, FieldId: 100, LogId: 1}},
 		})
 	}
-	return must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
+	return must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(t.Context(), &pb.CreateSnapshotRequest{
 		Collection: byID(col.GetId()), Name: name + "-1",
 	})).GetSnapshot()
 }
@@ -41,9 +41,9 @@ func (env *testEnv) snapshotOf(t *testing.T, name string) *pb.Snapshot {
 func target(name string) *pb.CollectionName { return &pb.CollectionName{Name: name} }
 
 // watchJob returns the messages about a job until its end.
-func (env *testEnv) watchJob(t *testing.T, id int64) []*pb.RestoreJob {
+func (e *env) watchJob(t *testing.T, id int64) []*pb.RestoreJob {
 	t.Helper()
-	stream, err := env.snapshots.WatchRestore(t.Context(), &pb.WatchRestoreRequest{JobId: id})
+	stream, err := e.snapshots.WatchRestore(t.Context(), &pb.WatchRestoreRequest{JobId: id})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,9 +68,9 @@ func wantReason(t *testing.T, err error, code codes.Code, want string) {
 }
 
 func TestRestoreLife(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	s := env.snapshotOf(t, "c")
+	s := e.snapshotOf(t, "c")
 	req := &pb.RestoreSnapshotRequest{
 		Snapshot: snapID(s.GetId()), Target: target("copy"), Mode: pb.RestoreSnapshotRequest_MODE_COPY,
 		Partitions: []string{"p"},
@@ -79,15 +79,15 @@ func TestRestoreLife(t *testing.T) {
 		Timeout: durationpb.New(time.Hour), Labels: map[string]string{"a": "b"}, RequestToken: "t", DryRun: true,
 		Verify: true,
 	}
-	plan := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
+	plan := must[*pb.RestoreSnapshotResponse](t)(e.snapshots.RestoreSnapshot(ctx, req))
 	if p := plan.GetPlan(); plan.GetJobId() != 0 || p.GetSegments() != 4 || p.GetFiles() != 4 || p.GetBytes() != 40 ||
 		p.GetRequests() == 0 ||
 		p.GetEstimatedTime().AsDuration() <= 0 || len(p.GetConflicts()) != 0 || p.GetMissingCount() != 0 {
 		t.Errorf("plan %v", plan)
 	}
 	req.DryRun, req.Verify = false, false
-	made := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
-	list := env.watchJob(t, made.GetJobId())
+	made := must[*pb.RestoreSnapshotResponse](t)(e.snapshots.RestoreSnapshot(ctx, req))
+	list := e.watchJob(t, made.GetJobId())
 	end := list[len(list)-1]
 	if end.GetState() != pb.RestoreJob_STATE_COMPLETED || end.GetPhase() != pb.RestoreJob_PHASE_PUBLISH ||
 		end.GetProgress().GetFraction() != 1 ||
@@ -97,17 +97,17 @@ func TestRestoreLife(t *testing.T) {
 		end.GetPartitions()[0] != "p" || end.GetDeadline() == nil || end.GetStartTime() == nil || end.GetEndTime() == nil {
 		t.Errorf("the job ended as %v", end)
 	}
-	again := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, req))
+	again := must[*pb.RestoreSnapshotResponse](t)(e.snapshots.RestoreSnapshot(ctx, req))
 	if again.GetJobId() != made.GetJobId() || again.GetCollectionId() != made.GetCollectionId() {
 		t.Errorf("repeated: %v, first %v", again, made)
 	}
-	col := must[*pb.GetCollectionResponse](t)(env.catalog.GetCollection(ctx,
+	col := must[*pb.GetCollectionResponse](t)(e.catalog.GetCollection(ctx,
 		&pb.GetCollectionRequest{Collection: byName("copy")})).GetCollection()
 	if col.GetId() != made.GetCollectionId() || col.GetState() != pb.Collection_STATE_ACTIVE ||
 		col.GetProperties()["k"] != "v" {
 		t.Errorf("the target is %v", col)
 	}
-	export, err := env.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("copy")})
+	export, err := e.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("copy")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,36 +116,36 @@ func TestRestoreLife(t *testing.T) {
 	}
 
 	req.Labels = nil
-	_, err = env.snapshots.RestoreSnapshot(ctx, req)
+	_, err = e.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.InvalidArgument, "REQUEST_TOKEN_REUSED")
 	req.RequestToken = ""
-	_, err = env.snapshots.RestoreSnapshot(ctx, req)
+	_, err = e.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.AlreadyExists, "COLLECTION_EXISTS")
 	req.Target, req.Channels = target("other"), []string{"one"}
-	_, err = env.snapshots.RestoreSnapshot(ctx, req)
+	_, err = e.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.FailedPrecondition, "CHANNEL_MISMATCH")
 	req.Channels, req.Partitions = nil, []string{"none"}
-	_, err = env.snapshots.RestoreSnapshot(ctx, req)
+	_, err = e.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.NotFound, "PARTITION_NOT_FOUND")
 	req.Partitions, req.Snapshot = nil, snapNamed("none")
-	_, err = env.snapshots.RestoreSnapshot(ctx, req)
+	_, err = e.snapshots.RestoreSnapshot(ctx, req)
 	wantReason(t, err, codes.NotFound, "SNAPSHOT_NOT_FOUND")
-	_, err = env.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: made.GetJobId()})
+	_, err = e.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: made.GetJobId()})
 	wantReason(t, err, codes.FailedPrecondition, "RESTORE_ENDED")
-	_, err = env.snapshots.UpdateRestore(ctx,
+	_, err = e.snapshots.UpdateRestore(ctx,
 		&pb.UpdateRestoreRequest{JobId: made.GetJobId(), Limits: &pb.RestoreLimits{}})
 	wantReason(t, err, codes.FailedPrecondition, "RESTORE_ENDED")
 	for _, c := range []struct {
 		id     int64
 		reason string
 	}{{s.GetId(), "EXPIRED_OR_DROPPED"}, {1 << 50, "NEVER_EXISTED"}} {
-		_, err = env.snapshots.GetRestoreState(ctx, &pb.GetRestoreStateRequest{JobId: c.id})
+		_, err = e.snapshots.GetRestoreState(ctx, &pb.GetRestoreStateRequest{JobId: c.id})
 		wantReason(t, err, codes.NotFound, c.reason)
-		_, err = env.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: c.id})
+		_, err = e.snapshots.CancelRestore(ctx, &pb.CancelRestoreRequest{JobId: c.id})
 		wantReason(t, err, codes.NotFound, c.reason)
-		_, err = env.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{JobId: c.id, Limits: &pb.RestoreLimits{}})
+		_, err = e.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{JobId: c.id, Limits: &pb.RestoreLimits{}})
 		wantReason(t, err, codes.NotFound, c.reason)
-		stream, err := env.snapshots.WatchRestore(ctx, &pb.WatchRestoreRequest{JobId: c.id})
+		stream, err := e.snapshots.WatchRestore(ctx, &pb.WatchRestoreRequest{JobId: c.id})
 		if err == nil {
 			_, err = stream.Recv()
 		}
@@ -155,57 +155,57 @@ func TestRestoreLife(t *testing.T) {
 
 // TestBlockedRestore reads a restore without progress through all calls, and cancels it.
 func TestBlockedRestore(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	s := env.snapshotOf(t, "c")
-	env.objects.Plan(func(c object.Call) object.Fault {
+	s := e.snapshotOf(t, "c")
+	e.objects.Plan(func(c object.Call) object.Fault {
 		if c.Op == object.OpCopy {
 			return object.FaultBefore
 		}
 		return object.FaultNone
 	})
-	made := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
+	made := must[*pb.RestoreSnapshotResponse](t)(e.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
 		Snapshot: snapID(s.GetId()), Target: target("copy"),
 	}))
-	job := must[*pb.UpdateRestoreResponse](t)(env.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{
+	job := must[*pb.UpdateRestoreResponse](t)(e.snapshots.UpdateRestore(ctx, &pb.UpdateRestoreRequest{
 		JobId: made.GetJobId(), Limits: &pb.RestoreLimits{BytesPerSecond: 7},
 	})).GetJob()
 	if job.GetLimits().GetBytesPerSecond() != 7 || job.GetState() == pb.RestoreJob_STATE_COMPLETED ||
 		job.GetProgress().GetFraction() >= 1 {
 		t.Errorf("the job is %v", job)
 	}
-	_, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())})
+	_, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())})
 	wantReason(t, err, codes.FailedPrecondition, "SNAPSHOT_PINNED")
-	pins := must[*pb.ListPinsResponse](t)(env.snapshots.ListPins(ctx,
+	pins := must[*pb.ListPinsResponse](t)(e.snapshots.ListPins(ctx,
 		&pb.ListPinsRequest{Snapshot: snapID(s.GetId())})).GetPins()
 	if len(pins) != 1 || pins[0].GetRestoreJobId() != made.GetJobId() {
 		t.Fatalf("pins %v", pins)
 	}
-	_, err = env.snapshots.UnpinSnapshot(ctx,
+	_, err = e.snapshots.UnpinSnapshot(ctx,
 		&pb.UnpinSnapshotRequest{Snapshot: snapID(s.GetId()), PinId: pins[0].GetId()})
 	wantReason(t, err, codes.FailedPrecondition, "PIN_OF_RESTORE")
 	for _, ref := range []*pb.CollectionRef{byName("copy"), byID(made.GetCollectionId())} {
-		col := must[*pb.GetCollectionResponse](t)(env.catalog.GetCollection(ctx,
+		col := must[*pb.GetCollectionResponse](t)(e.catalog.GetCollection(ctx,
 			&pb.GetCollectionRequest{Collection: ref})).GetCollection()
 		if col.GetState() != pb.Collection_STATE_RESTORING {
 			t.Errorf("%v", col)
 		}
-		_, err = env.catalog.GetSegment(ctx, &pb.GetSegmentRequest{Collection: ref, SegmentId: 1})
+		_, err = e.catalog.GetSegment(ctx, &pb.GetSegmentRequest{Collection: ref, SegmentId: 1})
 		wantReason(t, err, codes.FailedPrecondition, "COLLECTION_NOT_ACTIVE")
-		stream, err := env.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: ref})
+		stream, err := e.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: ref})
 		if err == nil {
 			_, err = stream.Recv()
 		}
 		wantReason(t, err, codes.FailedPrecondition, "COLLECTION_NOT_ACTIVE")
 	}
 	// A second job, for two pages.
-	two := must[*pb.RestoreSnapshotResponse](t)(env.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
+	two := must[*pb.RestoreSnapshotResponse](t)(e.snapshots.RestoreSnapshot(ctx, &pb.RestoreSnapshotRequest{
 		Snapshot: snapID(s.GetId()), Target: &pb.CollectionName{Db: "db", Name: "two"}, Labels: map[string]string{"x": "y"},
 	}))
 	list := func(req *pb.ListRestoreJobsRequest) (ids []int64) {
 		t.Helper()
 		for {
-			resp := must[*pb.ListRestoreJobsResponse](t)(env.snapshots.ListRestoreJobs(ctx, req))
+			resp := must[*pb.ListRestoreJobsResponse](t)(e.snapshots.ListRestoreJobs(ctx, req))
 			for _, job := range resp.GetJobs() {
 				ids = append(ids, job.GetId())
 			}
@@ -231,25 +231,25 @@ func TestBlockedRestore(t *testing.T) {
 			}
 		}
 	}
-	_, err = env.snapshots.ListRestoreJobs(ctx, &pb.ListRestoreJobsRequest{PageToken: "?"})
+	_, err = e.snapshots.ListRestoreJobs(ctx, &pb.ListRestoreJobsRequest{PageToken: "?"})
 	wantReason(t, err, codes.InvalidArgument, "INVALID_PAGE_TOKEN")
 
 	for _, id := range []int64{made.GetJobId(), two.GetJobId()} {
 		for range 2 {
-			job = must[*pb.CancelRestoreResponse](t)(env.snapshots.CancelRestore(ctx,
+			job = must[*pb.CancelRestoreResponse](t)(e.snapshots.CancelRestore(ctx,
 				&pb.CancelRestoreRequest{JobId: id})).GetJob()
 			if job.GetPhase() != pb.RestoreJob_PHASE_ROLL_BACK || job.GetReason() != "CANCELED" {
 				t.Errorf("%v", job)
 			}
 		}
-		jobs := env.watchJob(t, id)
+		jobs := e.watchJob(t, id)
 		if end := jobs[len(jobs)-1]; end.GetState() != pb.RestoreJob_STATE_CANCELED || end.GetEndTime() == nil {
 			t.Errorf("the job ended as %v", end)
 		}
 	}
-	_, err = env.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: byName("copy")})
+	_, err = e.catalog.GetCollection(ctx, &pb.GetCollectionRequest{Collection: byName("copy")})
 	wantReason(t, err, codes.NotFound, "COLLECTION_NOT_FOUND")
-	if _, err := env.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())}); err != nil {
+	if _, err := e.snapshots.DropSnapshot(ctx, &pb.DropSnapshotRequest{Snapshot: snapID(s.GetId())}); err != nil {
 		t.Error(err)
 	}
 }

@@ -18,33 +18,33 @@ import (
 
 // TestEveryFieldOfASegment registers, reads, exports and updates a segment with all fields.
 func TestEveryFieldOfASegment(t *testing.T) {
-	env := newEnv(t)
-	col := env.collection(t, "c")
-	part := must[*pb.CreatePartitionResponse](t)(env.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
+	e := newEnv(t)
+	col := e.collection(t, "c")
+	part := must[*pb.CreatePartitionResponse](t)(e.catalog.CreatePartition(t.Context(), &pb.CreatePartitionRequest{
 		Collection: byID(col.GetId()), Name: "p", Attributes: map[string]string{"a": "b"},
 	})).GetPartition()
 	requireAllSet(t, part)
-	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(t.Context(), &pb.CreateIndexRequest{
+	index := must[*pb.CreateIndexResponse](t)(e.catalog.CreateIndex(t.Context(), &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 101, TypeParams: map[string]string{"dim": "8"},
 		IndexParams: map[string]string{"index_type": "HNSW"}, Attributes: map[string]string{"a": "b"},
 	})).GetIndex()
 	requireAllSet(t, index)
-	id := env.ids(t, 2)
+	id := e.ids(t, 2)
 	want := fullSegment(id, part.GetId(), index.GetId())
 	requireAllSet(t, want)
-	if got := env.addSegments(t, byName("c"), want); got.GetAdded() != 1 || got.GetCollectionId() != col.GetId() {
+	if got := e.addSegments(t, byName("c"), want); got.GetAdded() != 1 || got.GetCollectionId() != col.GetId() {
 		t.Errorf("got %v", got)
 	}
-	if got := env.addSegments(t, byName("c"), want); got.GetPresent() != 1 {
+	if got := e.addSegments(t, byName("c"), want); got.GetPresent() != 1 {
 		t.Errorf("got %v", got)
 	}
-	got := must[*pb.GetSegmentResponse](t)(env.catalog.GetSegment(t.Context(),
+	got := must[*pb.GetSegmentResponse](t)(e.catalog.GetSegment(t.Context(),
 		&pb.GetSegmentRequest{Collection: byName("c"), SegmentId: id}))
 	if diff := cmp.Diff(want, got.GetSegment(), protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
 
-	export, err := env.catalog.ExportSegments(t.Context(), &pb.ExportSegmentsRequest{Collection: byName("c")})
+	export, err := e.catalog.ExportSegments(t.Context(), &pb.ExportSegmentsRequest{Collection: byName("c")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestEveryFieldOfASegment(t *testing.T) {
 		t.Error(msg.GetCatalogRevision(), diff)
 	}
 
-	update := must[*pb.UpdateSegmentsResponse](t)(env.catalog.UpdateSegments(t.Context(), &pb.UpdateSegmentsRequest{
+	update := must[*pb.UpdateSegmentsResponse](t)(e.catalog.UpdateSegments(t.Context(), &pb.UpdateSegmentsRequest{
 		Collection: byName("c"),
 		Updates: []*pb.SegmentUpdate{{
 			SegmentId: id, ExpectedRevision: got.GetRevision(), State: pb.Segment_STATE_FLUSHED, Rows: new(int64(8)),
@@ -66,7 +66,7 @@ func TestEveryFieldOfASegment(t *testing.T) {
 	if update.GetCatalogRevision() <= got.GetRevision() {
 		t.Errorf("revision %d", update.GetCatalogRevision())
 	}
-	after := must[*pb.GetSegmentResponse](t)(env.catalog.GetSegment(t.Context(),
+	after := must[*pb.GetSegmentResponse](t)(e.catalog.GetSegment(t.Context(),
 		&pb.GetSegmentRequest{Collection: byName("c"), SegmentId: id})).GetSegment()
 	changed := proto.CloneOf(want)
 	changed.State, changed.Rows, changed.Sorted = pb.Segment_STATE_FLUSHED, 8, false
@@ -81,10 +81,10 @@ func TestEveryFieldOfASegment(t *testing.T) {
 
 // TestPageBytes has segments of which fewer fit into a page than requested.
 func TestPageBytes(t *testing.T) {
-	env := newEnv(t)
-	col := env.collection(t, "c")
+	e := newEnv(t)
+	col := e.collection(t, "c")
 	const n = 200
-	first := env.ids(t, n)
+	first := e.ids(t, n)
 	var segments []*pb.Segment
 	for i := range int64(n) {
 		segments = append(segments, &pb.Segment{
@@ -92,13 +92,13 @@ func TestPageBytes(t *testing.T) {
 			Files: []*pb.File{{Path: fmt.Sprint(i), Kind: "insert"}},
 		})
 	}
-	env.addSegments(t, byID(col.GetId()), segments...)
-	must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(t.Context(),
+	e.addSegments(t, byID(col.GetId()), segments...)
+	must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(t.Context(),
 		&pb.CreateSnapshotRequest{Collection: byName("c"), Name: "s"}))
 	got, pages := 0, 0
 	req := &pb.ListSnapshotSegmentsRequest{Snapshot: snapNamed("s"), PageSize: 1000}
 	for {
-		page := must[*pb.ListSnapshotSegmentsResponse](t)(env.snapshots.ListSnapshotSegments(t.Context(), req))
+		page := must[*pb.ListSnapshotSegmentsResponse](t)(e.snapshots.ListSnapshotSegments(t.Context(), req))
 		if size := proto.Size(page); size > 2<<20+1024 || len(page.GetSegments()) == 0 {
 			t.Errorf("page of %d bytes, %d segments", size, len(page.GetSegments()))
 		}
@@ -110,7 +110,7 @@ func TestPageBytes(t *testing.T) {
 	if got != n || pages != 2 {
 		t.Errorf("%d segments in %d pages", got, pages)
 	}
-	export, err := env.catalog.ExportSegments(t.Context(), &pb.ExportSegmentsRequest{Collection: byName("c")})
+	export, err := e.catalog.ExportSegments(t.Context(), &pb.ExportSegmentsRequest{Collection: byName("c")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,11 +136,11 @@ func TestPageBytes(t *testing.T) {
 // TestUnreadExports has clients start exports without reading them: their number is
 // bounded, and the end of one allows another.
 func TestUnreadExports(t *testing.T) {
-	env := newEnv(t)
-	col := env.collection(t, "c")
+	e := newEnv(t)
+	col := e.collection(t, "c")
 	const n, times, limit = 200, 6, 8 // more data than a client buffers
 	for range times {
-		first := env.ids(t, n)
+		first := e.ids(t, n)
 		var segments []*pb.Segment
 		for i := range int64(n) {
 			segments = append(segments, &pb.Segment{
@@ -148,11 +148,11 @@ func TestUnreadExports(t *testing.T) {
 				Files: []*pb.File{{Path: fmt.Sprint(first + i), Kind: "insert"}},
 			})
 		}
-		env.addSegments(t, byID(col.GetId()), segments...)
+		e.addSegments(t, byID(col.GetId()), segments...)
 	}
 	begin := func() (context.CancelFunc, error) {
 		ctx, cancel := context.WithCancel(t.Context())
-		export, err := env.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("c")})
+		export, err := e.catalog.ExportSegments(ctx, &pb.ExportSegmentsRequest{Collection: byName("c")})
 		if err == nil {
 			_, err = export.Recv()
 		}

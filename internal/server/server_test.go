@@ -23,23 +23,23 @@ import (
 
 // TestPanic has a handler panic: the call fails, the server continues.
 func TestPanic(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := metadata.AppendToOutgoingContext(t.Context(), "x-request-id", "req-1")
-	_, err := env.admin.GetKey(ctx, &pb.GetKeyRequest{Key: panicKey})
+	_, err := e.admin.GetKey(ctx, &pb.GetKeyRequest{Key: panicKey})
 	if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "req-1") ||
 		strings.Contains(err.Error(), "handler error") {
 		t.Errorf("got %v", err)
 	}
-	logged := env.logs.FilterMessage("panic").All()
+	logged := e.logs.FilterMessage("panic").All()
 	if len(logged) != 1 || !strings.Contains(fmt.Sprint(logged[0].ContextMap()["stack"]), "GetKey") {
 		t.Errorf("logged %v", logged)
 	}
-	must[*pb.GetServerInfoResponse](t)(env.admin.GetServerInfo(t.Context(), &pb.GetServerInfoRequest{}))
+	must[*pb.GetServerInfoResponse](t)(e.admin.GetServerInfo(t.Context(), &pb.GetServerInfoRequest{}))
 }
 
 // TestRequestIDs uses valid request ids of callers, and makes one otherwise.
 func TestRequestIDs(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	for id, want := range map[string]string{
 		"abc-1.2_3":             "^abc-1\\.2_3$",
 		"":                      "^[A-Z0-9]{26}$",
@@ -51,13 +51,13 @@ func TestRequestIDs(t *testing.T) {
 			ctx = metadata.AppendToOutgoingContext(ctx, "x-request-id", id)
 		}
 		var header metadata.MD
-		must[*pb.GetServerInfoResponse](t)(env.admin.GetServerInfo(ctx, &pb.GetServerInfoRequest{}, grpc.Header(&header)))
+		must[*pb.GetServerInfoResponse](t)(e.admin.GetServerInfo(ctx, &pb.GetServerInfoRequest{}, grpc.Header(&header)))
 		got := header.Get("x-request-id")
 		if len(got) != 1 || !regexp.MustCompile(want).MatchString(got[0]) {
 			t.Errorf("%q: got %q", id, got)
 			continue
 		}
-		if n := env.logs.FilterMessage("call").FilterField(zap.String("request_id", got[0])).Len(); n != 1 {
+		if n := e.logs.FilterMessage("call").FilterField(zap.String("request_id", got[0])).Len(); n != 1 {
 			t.Errorf("%q: %d lines", got, n)
 		}
 	}
@@ -65,21 +65,21 @@ func TestRequestIDs(t *testing.T) {
 
 // TestLogHoldsNoPayload logs methods and reasons, and no content of requests.
 func TestLogHoldsNoPayload(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	col := env.collection(t, "col-canary")
-	env.addSegments(t, byID(col.GetId()))
-	_, _ = env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed("canary-name")})
-	_, _ = env.catalog.UpdateCollection(ctx, &pb.UpdateCollectionRequest{
+	col := e.collection(t, "col-canary")
+	e.addSegments(t, byID(col.GetId()))
+	_, _ = e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed("canary-name")})
+	_, _ = e.catalog.UpdateCollection(ctx, &pb.UpdateCollectionRequest{
 		Collection: byID(col.GetId()), Properties: map[string]string{"k": "canary-value"}, RequestToken: "canary-token",
 		UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"properties"}},
 	})
-	for _, e := range env.logs.All() {
+	for _, e := range e.logs.All() {
 		if line := fmt.Sprint(e.Message, e.ContextMap()); strings.Contains(line, "canary") {
 			t.Error(line)
 		}
 	}
-	found := env.logs.FilterMessage("call").FilterField(zap.String("reason", "SNAPSHOT_NOT_FOUND")).All()
+	found := e.logs.FilterMessage("call").FilterField(zap.String("reason", "SNAPSHOT_NOT_FOUND")).All()
 	if len(found) != 1 {
 		t.Fatalf("%d lines", len(found))
 	}
@@ -92,25 +92,25 @@ func TestLogHoldsNoPayload(t *testing.T) {
 
 // TestStoreUnavailable hides the address of a store from the client and logs it.
 func TestStoreUnavailable(t *testing.T) {
-	env := newEnv(t)
-	env.collection(t, "c")
-	env.kv.down.Store(true)
-	_, err := env.catalog.GetCollection(t.Context(), &pb.GetCollectionRequest{Collection: byName("c")})
+	e := newEnv(t)
+	e.collection(t, "c")
+	e.kv.down.Store(true)
+	_, err := e.catalog.GetCollection(t.Context(), &pb.GetCollectionRequest{Collection: byName("c")})
 	if status.Code(err) != codes.Unavailable || reason(err) != "STORE_UNAVAILABLE" ||
 		strings.Contains(err.Error(), "10.9.8.7") {
 		t.Errorf("got %v", err)
 	}
-	lines := env.logs.FilterMessage("call").FilterField(zap.String("reason", "STORE_UNAVAILABLE")).All()
+	lines := e.logs.FilterMessage("call").FilterField(zap.String("reason", "STORE_UNAVAILABLE")).All()
 	if len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0].ContextMap()["err"]), "10.9.8.7") {
 		t.Errorf("logged %v", lines)
 	}
-	env.kv.down.Store(false)
+	e.kv.down.Store(false)
 }
 
 // TestServerInfo reads the information about the server.
 func TestServerInfo(t *testing.T) {
-	env := newEnv(t)
-	info := must[*pb.GetServerInfoResponse](t)(env.admin.GetServerInfo(t.Context(), &pb.GetServerInfoRequest{}))
+	e := newEnv(t)
+	info := must[*pb.GetServerInfoResponse](t)(e.admin.GetServerInfo(t.Context(), &pb.GetServerInfoRequest{}))
 	info.Leader = "" // the election may be running
 	want := &pb.GetServerInfoResponse{
 		Version: "v1", ClusterId: info.GetClusterId(), NameScope: pb.GetServerInfoResponse_NAME_SCOPE_CLUSTER,
@@ -119,7 +119,7 @@ func TestServerInfo(t *testing.T) {
 	if diff := cmp.Diff(want, info, protocmp.Transform()); diff != "" || info.GetClusterId() == "" {
 		t.Error(diff)
 	}
-	key := must[*pb.GetKeyResponse](t)(env.admin.GetKey(t.Context(), &pb.GetKeyRequest{Key: "/format"}))
+	key := must[*pb.GetKeyResponse](t)(e.admin.GetKey(t.Context(), &pb.GetKeyRequest{Key: "/format"}))
 	if !strings.Contains(key.GetJson(), info.GetClusterId()) || strings.Contains(key.GetJson(), "token") {
 		t.Errorf("got %v", key)
 	}
@@ -127,14 +127,14 @@ func TestServerInfo(t *testing.T) {
 
 // TestHealthAndStop has Stop end a watch before its context ends.
 func TestHealthAndStop(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	check := func() (*healthpb.HealthCheckResponse, error) {
-		return healthpb.NewHealthClient(env.conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
+		return healthpb.NewHealthClient(e.conn).Check(t.Context(), &healthpb.HealthCheckRequest{})
 	}
 	if got := must[*healthpb.HealthCheckResponse](t)(check()); got.GetStatus() != healthpb.HealthCheckResponse_SERVING {
 		t.Errorf("got %v", got)
 	}
-	watch, err := env.events.WatchEvents(t.Context(), &pb.WatchEventsRequest{})
+	watch, err := e.events.WatchEvents(t.Context(), &pb.WatchEventsRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,7 +142,7 @@ func TestHealthAndStop(t *testing.T) {
 	// A watch has no end of its own; Stop ends it.
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	env.server.Stop(ctx)
+	e.server.Stop(ctx)
 	if ctx.Err() != nil {
 		t.Error("the watch delayed the stop")
 	}
@@ -156,9 +156,9 @@ func TestHealthAndStop(t *testing.T) {
 
 // TestMetrics counts calls by method and code.
 func TestMetrics(t *testing.T) {
-	env := newEnv(t)
-	env.collection(t, "c")
-	families, err := env.registry.Gather()
+	e := newEnv(t)
+	e.collection(t, "c")
+	families, err := e.registry.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}

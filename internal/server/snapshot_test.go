@@ -22,7 +22,7 @@ import (
 
 // TestSnapshotLifecycle creates, reads, updates and drops a snapshot.
 func TestSnapshotLifecycle(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
 	req := &pb.CreateCollectionRequest{
 		Name: &pb.CollectionName{Db: "db", Name: "c"}, Roots: []*pb.Root{{Store: "default", Prefix: "data/"}},
@@ -33,40 +33,40 @@ func TestSnapshotLifecycle(t *testing.T) {
 		Channels: []string{"ch-0"}, Layout: pb.Layout_LAYOUT_MILVUS, ConsistencyLevel: "Bounded",
 		Properties: map[string]string{"p": "q"}, Attributes: map[string]string{"a": "b"}, RequestToken: "t-1",
 	}
-	col := must[*pb.CreateCollectionResponse](t)(env.catalog.CreateCollection(ctx, req)).GetCollection()
+	col := must[*pb.CreateCollectionResponse](t)(e.catalog.CreateCollection(ctx, req)).GetCollection()
 	requireAllSet(t, col)
-	again := must[*pb.CreateCollectionResponse](t)(env.catalog.CreateCollection(ctx, req)).GetCollection()
+	again := must[*pb.CreateCollectionResponse](t)(e.catalog.CreateCollection(ctx, req)).GetCollection()
 	if diff := cmp.Diff(col, again, protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
 	reused := proto.CloneOf(req)
 	reused.Name.Name = "d"
-	if _, err := env.catalog.CreateCollection(ctx, reused); reason(err) != "REQUEST_TOKEN_REUSED" ||
+	if _, err := e.catalog.CreateCollection(ctx, reused); reason(err) != "REQUEST_TOKEN_REUSED" ||
 		status.Code(err) != codes.InvalidArgument {
 		t.Errorf("got %v", err)
 	}
-	index := must[*pb.CreateIndexResponse](t)(env.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
+	index := must[*pb.CreateIndexResponse](t)(e.catalog.CreateIndex(ctx, &pb.CreateIndexRequest{
 		Collection: byID(col.GetId()), Name: "x", FieldId: 100, TypeParams: map[string]string{"dim": "8"},
 		IndexParams: map[string]string{"i": "j"}, Attributes: map[string]string{"a": "b"},
 	})).GetIndex()
-	part := must[*pb.CreatePartitionResponse](t)(env.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{
+	part := must[*pb.CreatePartitionResponse](t)(e.catalog.CreatePartition(ctx, &pb.CreatePartitionRequest{
 		Collection: byID(col.GetId()), Name: "p", Attributes: map[string]string{"a": "b"},
 	})).GetPartition()
-	first := env.ids(t, 8)
+	first := e.ids(t, 8)
 	var segments []*pb.Segment
 	for i := range int64(4) {
 		s := fullSegment(first+2*i, part.GetId(), index.GetId())
 		s.RowCeiling, s.CommitTimestamp = 0, 0
 		segments = append(segments, s)
 	}
-	env.addSegments(t, byID(col.GetId()), segments...)
-	must[*pb.SetCheckpointsResponse](t)(env.catalog.SetCheckpoints(ctx, &pb.SetCheckpointsRequest{
+	e.addSegments(t, byID(col.GetId()), segments...)
+	must[*pb.SetCheckpointsResponse](t)(e.catalog.SetCheckpoints(ctx, &pb.SetCheckpointsRequest{
 		Collection: byID(col.GetId()), Checkpoints: []*pb.ChannelPosition{{Position: &pb.Position{
 			Timestamp: 20,
 			Opaque:    []byte("o"),
 		}}},
 	}))
-	cps := must[*pb.ListCheckpointsResponse](t)(env.catalog.ListCheckpoints(ctx,
+	cps := must[*pb.ListCheckpointsResponse](t)(e.catalog.ListCheckpoints(ctx,
 		&pb.ListCheckpointsRequest{Collection: byID(col.GetId())}))
 	if diff := cmp.Diff([]*pb.ChannelPosition{{
 		Channel:  "ch-0",
@@ -77,7 +77,7 @@ func TestSnapshotLifecycle(t *testing.T) {
 	}
 
 	expire := timestamppb.New(time.Now().Add(time.Hour).UTC())
-	snap := must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
+	snap := must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(ctx, &pb.CreateSnapshotRequest{
 		Collection: byID(col.GetId()), Name: "s", Description: "d", Labels: map[string]string{"l": "m"},
 		Expiry: &pb.CreateSnapshotRequest_ExpireTime{ExpireTime: expire}, RequestToken: "t-2",
 	})).GetSnapshot()
@@ -86,12 +86,12 @@ func TestSnapshotLifecycle(t *testing.T) {
 		snap.GetCollection().GetDb() != "db" || !proto.Equal(snap.GetExpireTime(), expire) {
 		t.Errorf("got %v", snap)
 	}
-	got := must[*pb.GetSnapshotResponse](t)(env.snapshots.GetSnapshot(ctx,
+	got := must[*pb.GetSnapshotResponse](t)(e.snapshots.GetSnapshot(ctx,
 		&pb.GetSnapshotRequest{Snapshot: snapNamed("s")})).GetSnapshot()
 	if diff := cmp.Diff(snap, got, protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
-	desc := must[*pb.DescribeSnapshotResponse](t)(env.snapshots.DescribeSnapshot(ctx,
+	desc := must[*pb.DescribeSnapshotResponse](t)(e.snapshots.DescribeSnapshot(ctx,
 		&pb.DescribeSnapshotRequest{Snapshot: snapID(snap.GetId())}))
 	want := proto.CloneOf(col)
 	want.CreateTime, want.Revision = nil, 0
@@ -107,7 +107,7 @@ func TestSnapshotLifecycle(t *testing.T) {
 	var paged []*pb.Segment
 	list := &pb.ListSnapshotSegmentsRequest{Snapshot: snapNamed("s"), View: pb.SegmentView_SEGMENT_VIEW_FILES, PageSize: 3}
 	for {
-		page := must[*pb.ListSnapshotSegmentsResponse](t)(env.snapshots.ListSnapshotSegments(ctx, list))
+		page := must[*pb.ListSnapshotSegmentsResponse](t)(e.snapshots.ListSnapshotSegments(ctx, list))
 		for _, s := range page.GetSegments() {
 			if s.GetOrdinal() != int64(len(paged)) || s.GetFiles() != 3 || s.GetBytes() != 300 {
 				t.Errorf("got %v", s)
@@ -121,14 +121,14 @@ func TestSnapshotLifecycle(t *testing.T) {
 	if diff := cmp.Diff(segments, paged, protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
-	basic := must[*pb.ListSnapshotSegmentsResponse](t)(env.snapshots.ListSnapshotSegments(ctx,
+	basic := must[*pb.ListSnapshotSegmentsResponse](t)(e.snapshots.ListSnapshotSegments(ctx,
 		&pb.ListSnapshotSegmentsRequest{Snapshot: snapNamed("s")}))
 	if len(basic.GetSegments()) != 4 || len(basic.GetSegments()[0].GetSegment().GetFiles()) != 0 ||
 		basic.GetSegments()[0].GetFiles() != 3 {
 		t.Errorf("got %v", basic)
 	}
 
-	updated := must[*pb.UpdateSnapshotResponse](t)(env.snapshots.UpdateSnapshot(ctx, &pb.UpdateSnapshotRequest{
+	updated := must[*pb.UpdateSnapshotResponse](t)(e.snapshots.UpdateSnapshot(ctx, &pb.UpdateSnapshotRequest{
 		Snapshot: snapNamed("s"), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"description", "expire_time"}},
 		Description:      "new",
 		ExpectedRevision: snap.GetRevision(),
@@ -136,7 +136,7 @@ func TestSnapshotLifecycle(t *testing.T) {
 	if updated.GetDescription() != "new" || updated.GetExpireTime() != nil || updated.GetLabels()["l"] != "m" {
 		t.Errorf("got %v", updated)
 	}
-	_, err := env.snapshots.UpdateSnapshot(ctx, &pb.UpdateSnapshotRequest{
+	_, err := e.snapshots.UpdateSnapshot(ctx, &pb.UpdateSnapshotRequest{
 		Snapshot: snapNamed("s"), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"labels"}},
 		ExpectedRevision: snap.GetRevision(),
 	})
@@ -144,28 +144,28 @@ func TestSnapshotLifecycle(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 
-	key := must[*pb.GetKeyResponse](t)(env.admin.GetKey(ctx,
+	key := must[*pb.GetKeyResponse](t)(e.admin.GetKey(ctx,
 		&pb.GetKeyRequest{Key: fmt.Sprintf("/snapshot/rec/%d", snap.GetId())}))
 	if key.GetKey() != keys.Snapshot(snap.GetId()) || key.GetType() != "snapshotd.storage.v1.Snapshot" ||
 		!strings.Contains(key.GetJson(), `"description":"new"`) {
 		t.Errorf("got %v", key)
 	}
 
-	drop := must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx,
+	drop := must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx,
 		&pb.DropSnapshotRequest{Snapshot: snapNamed("s"), ExpectedId: snap.GetId()}))
 	if drop.GetSnapshotId() != snap.GetId() {
 		t.Errorf("got %v", drop)
 	}
-	drop = must[*pb.DropSnapshotResponse](t)(env.snapshots.DropSnapshot(ctx,
+	drop = must[*pb.DropSnapshotResponse](t)(e.snapshots.DropSnapshot(ctx,
 		&pb.DropSnapshotRequest{Snapshot: snapNamed("s")}))
 	if drop.GetSnapshotId() != 0 {
 		t.Errorf("got %v", drop)
 	}
-	_, err = env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed("s")})
+	_, err = e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapNamed("s")})
 	if reason(err) != "SNAPSHOT_NOT_FOUND" || status.Code(err) != codes.NotFound {
 		t.Errorf("got %v", err)
 	}
-	_, err = env.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapID(1 << 60)})
+	_, err = e.snapshots.GetSnapshot(ctx, &pb.GetSnapshotRequest{Snapshot: snapID(1 << 60)})
 	if reason(err) != "NEVER_EXISTED" {
 		t.Errorf("got %v", err)
 	}
@@ -173,22 +173,22 @@ func TestSnapshotLifecycle(t *testing.T) {
 
 // TestPages reads lists page by page, and refuses tokens of other requests.
 func TestPages(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
-	col := env.collection(t, "c")
+	col := e.collection(t, "c")
 	var want []string
 	for i := range 5 {
 		name := fmt.Sprint("s", i)
 		want = append([]string{name}, want...) // newest first
-		must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(ctx,
+		must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(ctx,
 			&pb.CreateSnapshotRequest{Collection: byName("c"), Name: name}))
-		env.collection(t, fmt.Sprint("d", i))
+		e.collection(t, fmt.Sprint("d", i))
 	}
 	var got []string
 	req := &pb.ListSnapshotsRequest{Collection: byID(col.GetId()), PageSize: 2}
 	var token string
 	for {
-		page := must[*pb.ListSnapshotsResponse](t)(env.snapshots.ListSnapshots(ctx, req))
+		page := must[*pb.ListSnapshotsResponse](t)(e.snapshots.ListSnapshots(ctx, req))
 		for _, s := range page.GetSnapshots() {
 			got = append(got, s.GetName())
 		}
@@ -203,7 +203,7 @@ func TestPages(t *testing.T) {
 	n := 0
 	cols := &pb.ListCollectionsRequest{PageSize: 4, Db: "default"}
 	for {
-		page := must[*pb.ListCollectionsResponse](t)(env.catalog.ListCollections(ctx, cols))
+		page := must[*pb.ListCollectionsResponse](t)(e.catalog.ListCollections(ctx, cols))
 		n += len(page.GetCollections())
 		if cols.PageToken = page.GetNextPageToken(); cols.GetPageToken() == "" {
 			break
@@ -213,7 +213,7 @@ func TestPages(t *testing.T) {
 		t.Errorf("got %d collections", n)
 	}
 	// The page size may change between pages.
-	must[*pb.ListSnapshotsResponse](t)(env.snapshots.ListSnapshots(ctx,
+	must[*pb.ListSnapshotsResponse](t)(e.snapshots.ListSnapshots(ctx,
 		&pb.ListSnapshotsRequest{Collection: byID(col.GetId()), PageToken: token}))
 	for _, bad := range []*pb.ListSnapshotsRequest{
 		{Collection: byID(col.GetId()), PageToken: "x"},
@@ -221,20 +221,20 @@ func TestPages(t *testing.T) {
 		{Collection: byID(col.GetId()), PageToken: token, NamePrefix: "s"},
 		{PageToken: token},
 	} {
-		if _, err := env.snapshots.ListSnapshots(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" ||
+		if _, err := e.snapshots.ListSnapshots(ctx, bad); reason(err) != "INVALID_PAGE_TOKEN" ||
 			status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%v: got %v", bad, err)
 		}
 	}
-	if _, err := env.catalog.ListCollections(ctx,
+	if _, err := e.catalog.ListCollections(ctx,
 		&pb.ListCollectionsRequest{PageToken: token}); reason(err) != "INVALID_PAGE_TOKEN" {
 		t.Errorf("got %v", err)
 	}
-	if _, err := env.snapshots.ListSnapshotSegments(ctx,
+	if _, err := e.snapshots.ListSnapshotSegments(ctx,
 		&pb.ListSnapshotSegmentsRequest{Snapshot: snapNamed("s1"), PageToken: token}); reason(err) != "INVALID_PAGE_TOKEN" {
 		t.Errorf("got %v", err)
 	}
-	if _, err := env.snapshots.ListSnapshots(ctx,
+	if _, err := e.snapshots.ListSnapshots(ctx,
 		&pb.ListSnapshotsRequest{Collection: byName("none")}); reason(err) != "COLLECTION_NOT_FOUND" {
 		t.Errorf("got %v", err)
 	}
@@ -243,17 +243,17 @@ func TestPages(t *testing.T) {
 // TestNameOfSeveralCollections lists the snapshots under a name of two dropped
 // collections: those of the newer one, with one note.
 func TestNameOfSeveralCollections(t *testing.T) {
-	env := newEnv(t)
+	e := newEnv(t)
 	ctx := t.Context()
 	for _, name := range []string{"one", "two"} {
-		env.collection(t, "c")
-		must[*pb.CreateSnapshotResponse](t)(env.snapshots.CreateSnapshot(ctx,
+		e.collection(t, "c")
+		must[*pb.CreateSnapshotResponse](t)(e.snapshots.CreateSnapshot(ctx,
 			&pb.CreateSnapshotRequest{Collection: byName("c"), Name: name}))
-		must[*pb.DropCollectionResponse](t)(env.catalog.DropCollection(ctx,
+		must[*pb.DropCollectionResponse](t)(e.catalog.DropCollection(ctx,
 			&pb.DropCollectionRequest{Collection: byName("c")}))
 	}
 	var header metadata.MD
-	list, err := env.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{Collection: byName("c")}, grpc.Header(&header))
+	list, err := e.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{Collection: byName("c")}, grpc.Header(&header))
 	if err != nil || len(list.GetSnapshots()) != 1 || list.GetSnapshots()[0].GetName() != "two" {
 		t.Errorf("got %v, err = %v", list, err)
 	}
@@ -262,7 +262,7 @@ func TestNameOfSeveralCollections(t *testing.T) {
 		t.Errorf("notes %q", notes)
 	}
 	header = nil
-	if _, err := env.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{}, grpc.Header(&header)); err != nil ||
+	if _, err := e.snapshots.ListSnapshots(ctx, &pb.ListSnapshotsRequest{}, grpc.Header(&header)); err != nil ||
 		len(header.Get("snapshotd-note")) > 0 {
 		t.Errorf("notes %q, err = %v", header.Get("snapshotd-note"), err)
 	}

@@ -28,8 +28,8 @@ const quiet = 45 * time.Second
 
 // audit compares the catalog, the snapshots and each object of the store with the
 // ledger. With orphans, objects of spilled units whose ids are dead may be left.
-func (w *env) audit(ctx context.Context, orphans bool) error {
-	status, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
+func (e *env) audit(ctx context.Context, orphans bool) error {
+	status, err := e.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 	switch {
 	case err != nil:
 		return err
@@ -37,21 +37,21 @@ func (w *env) audit(ctx context.Context, orphans bool) error {
 		return fmt.Errorf("the collector has work left: %v", status)
 	}
 	engine := map[string]bool{} // paths in use
-	if err := w.auditCollections(ctx, engine); err != nil {
+	if err := e.auditCollections(ctx, engine); err != nil {
 		return err
 	}
-	own, err := w.auditSnapshots(ctx, engine)
+	own, err := e.auditSnapshots(ctx, engine)
 	if err != nil {
 		return err
 	}
-	if err := w.auditRest(ctx); err != nil {
+	if err := e.auditRest(ctx); err != nil {
 		return err
 	}
-	return w.auditStore(ctx, engine, own, orphans)
+	return e.auditStore(ctx, engine, own, orphans)
 }
 
 // look returns a registered segment with the digests of its files in the store.
-func (w *env) look(s *api.Segment, engine map[string]bool, partitions map[int64]string) seg {
+func (e *env) look(s *api.Segment, engine map[string]bool, partitions map[int64]string) seg {
 	got := seg{ID: s.GetId(), Partition: partitions[s.GetPartitionId()]}
 	files := s.GetFiles()
 	for _, b := range s.GetIndexBuilds() {
@@ -59,7 +59,7 @@ func (w *env) look(s *api.Segment, engine map[string]bool, partitions map[int64]
 	}
 	for _, f := range files {
 		engine[f.GetPath()] = true
-		content, err := sumFile(w.objects(root, f.GetPath()))
+		content, err := sumFile(e.objects(root, f.GetPath()))
 		if err != nil {
 			content = err.Error()
 		}
@@ -68,8 +68,8 @@ func (w *env) look(s *api.Segment, engine map[string]bool, partitions map[int64]
 	return got
 }
 
-func (w *env) auditCollections(ctx context.Context, engine map[string]bool) error {
-	list, err := w.c().Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
+func (e *env) auditCollections(ctx context.Context, engine map[string]bool) error {
+	list, err := e.c().Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
 		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,
 	}})
 	if err != nil {
@@ -80,7 +80,7 @@ func (w *env) auditCollections(ctx context.Context, engine map[string]bool) erro
 		if col.GetState() != api.Collection_STATE_ACTIVE {
 			return fmt.Errorf("collection %s is %v", col.GetName(), col.GetState())
 		}
-		partitions, err := w.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(col.GetName())})
+		partitions, err := e.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(col.GetName())})
 		if err != nil {
 			return err
 		}
@@ -91,28 +91,28 @@ func (w *env) auditCollections(ctx context.Context, engine map[string]bool) erro
 				return fmt.Errorf("partition %s of %s is %v", p.GetName(), col.GetName(), p.GetState())
 			}
 		}
-		segments, err := w.export(ctx, col.GetName())
+		segments, err := e.export(ctx, col.GetName())
 		if err != nil {
 			return err
 		}
 		got[col.GetName()] = []seg{}
 		for _, s := range segments {
-			one := w.look(s, engine, names)
-			if w.Restored[col.GetName()] {
+			one := e.look(s, engine, names)
+			if e.Restored[col.GetName()] {
 				one.ID = 0
 			}
 			got[col.GetName()] = append(got[col.GetName()], one)
 		}
 	}
-	if diff := cmp.Diff(w.Collections, got); diff != "" {
+	if diff := cmp.Diff(e.Collections, got); diff != "" {
 		return fmt.Errorf("the collections are not as they were made (-want +got):\n%s", diff)
 	}
 	return nil
 }
 
 // auditSnapshots returns the prefixes of the snapshots' own objects.
-func (w *env) auditSnapshots(ctx context.Context, engine map[string]bool) (own []string, err error) {
-	list, err := w.c().Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{States: []api.Snapshot_State{
+func (e *env) auditSnapshots(ctx context.Context, engine map[string]bool) (own []string, err error) {
+	list, err := e.c().Snapshots.ListSnapshots(ctx, &api.ListSnapshotsRequest{States: []api.Snapshot_State{
 		api.Snapshot_STATE_PENDING, api.Snapshot_STATE_COMMITTED, api.Snapshot_STATE_DELETING,
 	}})
 	if err != nil {
@@ -124,13 +124,13 @@ func (w *env) auditSnapshots(ctx context.Context, engine map[string]bool) (own [
 		if _, twice := got[name]; twice || s.GetState() != api.Snapshot_STATE_COMMITTED {
 			return nil, fmt.Errorf("snapshot %s (%d) is %v, or exists twice", name, s.GetId(), s.GetState())
 		}
-		described, err := w.c().Snapshots.DescribeSnapshot(ctx, &api.DescribeSnapshotRequest{Snapshot: snapshot(name)})
+		described, err := e.c().Snapshots.DescribeSnapshot(ctx, &api.DescribeSnapshotRequest{Snapshot: snapshot(name)})
 		if err != nil {
 			return nil, err
 		}
 		own = append(own, described.GetPrefix())
 		for _, m := range described.GetManifests() {
-			content, err := os.ReadFile(w.objects(described.GetPrefix(), m.GetFile()))
+			content, err := os.ReadFile(e.objects(described.GetPrefix(), m.GetFile()))
 			if err != nil {
 				return nil, fmt.Errorf("snapshot %s: %w", name, err)
 			}
@@ -145,34 +145,34 @@ func (w *env) auditSnapshots(ctx context.Context, engine map[string]bool) (own [
 		got[name] = []seg{}
 		req := &api.ListSnapshotSegmentsRequest{Snapshot: snapshot(name), View: api.SegmentView_SEGMENT_VIEW_FILES}
 		for {
-			page, err := w.c().Snapshots.ListSnapshotSegments(ctx, req)
+			page, err := e.c().Snapshots.ListSnapshotSegments(ctx, req)
 			if err != nil {
 				return nil, err
 			}
 			for _, x := range page.GetSegments() {
-				got[name] = append(got[name], w.look(x.GetSegment(), engine, partitions))
+				got[name] = append(got[name], e.look(x.GetSegment(), engine, partitions))
 			}
 			if req.PageToken = page.GetNextPageToken(); req.GetPageToken() == "" {
 				break
 			}
 		}
 	}
-	if diff := cmp.Diff(w.Snapshots, got); diff != "" {
+	if diff := cmp.Diff(e.Snapshots, got); diff != "" {
 		return nil, fmt.Errorf("the snapshots do not hold what they captured (-want +got):\n%s", diff)
 	}
 	return own, nil
 }
 
 // auditRest checks pins, restore jobs and tombstones.
-func (w *env) auditRest(ctx context.Context) error {
-	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
+func (e *env) auditRest(ctx context.Context) error {
+	pins, err := e.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
 	if err != nil {
 		return err
 	}
-	if len(pins.GetPins()) != w.Pins {
-		return fmt.Errorf("there are %d pins, not %d: %v", len(pins.GetPins()), w.Pins, pins.GetPins())
+	if len(pins.GetPins()) != e.Pins {
+		return fmt.Errorf("there are %d pins, not %d: %v", len(pins.GetPins()), e.Pins, pins.GetPins())
 	}
-	jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{States: []api.RestoreJob_State{
+	jobs, err := e.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{States: []api.RestoreJob_State{
 		api.RestoreJob_STATE_PENDING, api.RestoreJob_STATE_EXECUTING,
 	}})
 	if err != nil {
@@ -181,7 +181,7 @@ func (w *env) auditRest(ctx context.Context) error {
 	if len(jobs.GetJobs()) > 0 {
 		return fmt.Errorf("restores have not ended: %v", jobs.GetJobs())
 	}
-	tombs, err := w.c().Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{})
+	tombs, err := e.c().Reclaim.ListTombstones(ctx, &api.ListTombstonesRequest{})
 	if err != nil {
 		return err
 	}
@@ -201,23 +201,23 @@ var (
 
 // auditStore checks all objects. Each must have an owner, except objects of spilled
 // units where a crash may leave orphans.
-func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
-	dead, err := w.orphans(ctx)
+func (e *env) auditStore(ctx context.Context, engine map[string]bool, own []string, orphans bool) error {
+	dead, err := e.orphans(ctx)
 	if err != nil {
 		return err
 	}
-	completed, err := w.completed(ctx)
+	completed, err := e.completed(ctx)
 	if err != nil {
 		return err
 	}
-	wrong, err := w.uploads(ctx)
+	wrong, err := e.uploads(ctx)
 	if err != nil {
 		return err
 	}
 	for i := range wrong {
 		wrong[i] = "an upload to " + wrong[i]
 	}
-	err = filepath.WalkDir(w.objects(), func(name string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(e.objects(), func(name string, d fs.DirEntry, err error) error {
 		switch {
 		case errors.Is(err, fs.ErrNotExist): // it was removed during the walk
 			return nil
@@ -226,7 +226,7 @@ func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []stri
 		case err != nil || d.IsDir():
 			return err
 		}
-		key, err := filepath.Rel(w.objects(), name)
+		key, err := filepath.Rel(e.objects(), name)
 		if err != nil {
 			return err
 		}
@@ -236,9 +236,9 @@ func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []stri
 		ofSnapshot := slices.ContainsFunc(own, func(prefix string) bool { return strings.HasPrefix(key, prefix) })
 		switch {
 		case ofEngine && engine[path], ofSnapshot && member != nil && !dead[key],
-			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir), w.ofProbe(key):
+			key == "snapshots/identity.json", isEpoch.MatchString(key), strings.HasPrefix(key, tempDir), e.ofProbe(key):
 			return nil
-		case held != nil && !dead[key] && len(w.Snapshots) > 0: // its unit has a record
+		case held != nil && !dead[key] && len(e.Snapshots) > 0: // its unit has a record
 			return nil
 		case held != nil && dead[key] && orphans:
 			return nil
@@ -258,8 +258,8 @@ func (w *env) auditStore(ctx context.Context, engine map[string]bool, own []stri
 }
 
 // completed returns the ids of the restore jobs that are COMPLETED and not forgotten.
-func (w *env) completed(ctx context.Context) (map[string]bool, error) {
-	list, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
+func (e *env) completed(ctx context.Context) (map[string]bool, error) {
+	list, err := e.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
 		States: []api.RestoreJob_State{api.RestoreJob_STATE_COMPLETED},
 	})
 	ids := map[string]bool{}
@@ -274,8 +274,8 @@ const tempDir = ".snapshotd-tmp/"
 
 // orphans returns the keys of the orphans that snapshotd lists, and whether each has
 // a dead id.
-func (w *env) orphans(ctx context.Context) (map[string]bool, error) {
-	stream, err := w.c().Collector.ListOrphans(ctx, &api.ListOrphansRequest{})
+func (e *env) orphans(ctx context.Context) (map[string]bool, error) {
+	stream, err := e.c().Collector.ListOrphans(ctx, &api.ListOrphansRequest{})
 	keys := map[string]bool{}
 	for err == nil {
 		var part *api.ListOrphansResponse
@@ -294,16 +294,16 @@ func (w *env) orphans(ctx context.Context) (map[string]bool, error) {
 
 // checkService takes a snapshot and restores a part of it. It creates a collection
 // when there is none.
-func (w *env) checkService(ctx context.Context) error {
-	if _, ok := w.Collections[shop]; !ok {
-		if err := w.collection(ctx, shop, 4, 0); err != nil {
+func (e *env) checkService(ctx context.Context) error {
+	if _, ok := e.Collections[shop]; !ok {
+		if err := e.collection(ctx, shop, 4, 0); err != nil {
 			return err
 		}
 	}
-	if err := w.take(ctx, shop, "last", client.NewRequestToken()); err != nil {
+	if err := e.take(ctx, shop, "last", client.NewRequestToken()); err != nil {
 		return err
 	}
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot:     snapshot("last"),
 		Target:       &api.CollectionName{Name: "last"},
 		Partitions:   []string{"small"},
@@ -312,65 +312,65 @@ func (w *env) checkService(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+	if err := e.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
 		return err
 	}
-	w.Snapshots["last"] = w.Collections[shop]
-	w.Collections["last"], w.Restored["last"] = copies(w.Collections[shop], "small"), true
-	return w.fresh(ctx)
+	e.Snapshots["last"] = e.Collections[shop]
+	e.Collections["last"], e.Restored["last"] = copies(e.Collections[shop], "small"), true
+	return e.fresh(ctx)
 }
 
 // fresh checks that newly allocated ids were not allocated before.
-func (w *env) fresh(ctx context.Context) error {
-	_, err := w.allocate(ctx, 3, client.NewRequestToken(), "fresh id")
+func (e *env) fresh(ctx context.Context) error {
+	_, err := e.allocate(ctx, 3, client.NewRequestToken(), "fresh id")
 	return err
 }
 
 // dropAll drops everything.
-func (w *env) dropAll(ctx context.Context) error {
-	pins, err := w.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
+func (e *env) dropAll(ctx context.Context) error {
+	pins, err := e.c().Snapshots.ListPins(ctx, &api.ListPinsRequest{})
 	if err != nil {
 		return err
 	}
 	for _, p := range pins.GetPins() {
 		ref := &api.SnapshotRef{Ref: &api.SnapshotRef_Id{Id: p.GetSnapshotId()}}
-		if _, err := w.c().Snapshots.UnpinSnapshot(
+		if _, err := e.c().Snapshots.UnpinSnapshot(
 			ctx,
 			&api.UnpinSnapshotRequest{Snapshot: ref, PinId: p.GetId()},
 		); err != nil {
 			return err
 		}
 	}
-	for name := range w.Snapshots {
-		if _, err := w.c().Snapshots.DropSnapshot(
+	for name := range e.Snapshots {
+		if _, err := e.c().Snapshots.DropSnapshot(
 			ctx,
 			&api.DropSnapshotRequest{Snapshot: snapshot(name), RequestToken: client.NewRequestToken()},
 		); err != nil {
 			return err
 		}
 	}
-	for name := range w.Collections {
-		if _, err := w.c().Catalog.DropCollection(
+	for name := range e.Collections {
+		if _, err := e.c().Catalog.DropCollection(
 			ctx,
 			&api.DropCollectionRequest{Collection: byName(name), RequestToken: client.NewRequestToken()},
 		); err != nil {
 			return err
 		}
 	}
-	w.Snapshots, w.Collections, w.Pins = map[string][]seg{}, map[string][]seg{}, 0
+	e.Snapshots, e.Collections, e.Pins = map[string][]seg{}, map[string][]seg{}, 0
 	return nil
 }
 
 // putOld puts an object with an old modification time into the store.
-func (w *env) putOld(ctx context.Context, key string) error {
-	if err := w.put(ctx, key, []byte("late")); err != nil {
+func (e *env) putOld(ctx context.Context, key string) error {
+	if err := e.put(ctx, key, []byte("late")); err != nil {
 		return err
 	}
-	return os.Chtimes(w.objects(key), longAgo(), longAgo())
+	return os.Chtimes(e.objects(key), longAgo(), longAgo())
 }
 
 // exists reports whether an object exists.
-func (w *env) exists(key string) bool {
-	_, err := os.Stat(w.objects(key))
+func (e *env) exists(key string) bool {
+	_, err := os.Stat(e.objects(key))
 	return err == nil
 }

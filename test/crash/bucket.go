@@ -74,15 +74,15 @@ func (b *buckets) settings(bucket string) string {
 }
 
 // put writes an object.
-func (w *env) put(ctx context.Context, key string, content []byte) error {
-	if w.buckets != nil {
-		_, err := w.buckets.client.PutObject(
+func (e *env) put(ctx context.Context, key string, content []byte) error {
+	if e.buckets != nil {
+		_, err := e.buckets.client.PutObject(
 			ctx,
-			&awss3.PutObjectInput{Bucket: &w.bucket, Key: &key, Body: bytes.NewReader(content)},
+			&awss3.PutObjectInput{Bucket: &e.bucket, Key: &key, Body: bytes.NewReader(content)},
 		)
 		return err
 	}
-	name := w.objects(key)
+	name := e.objects(key)
 	if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
 		return err
 	}
@@ -90,11 +90,11 @@ func (w *env) put(ctx context.Context, key string, content []byte) error {
 }
 
 // uploads returns the keys of the uploads that are open.
-func (w *env) uploads(ctx context.Context) (keys []string, err error) {
-	if w.buckets == nil {
+func (e *env) uploads(ctx context.Context) (keys []string, err error) {
+	if e.buckets == nil {
 		return nil, nil
 	}
-	list, err := w.buckets.client.ListMultipartUploads(ctx, &awss3.ListMultipartUploadsInput{Bucket: &w.bucket})
+	list, err := e.buckets.client.ListMultipartUploads(ctx, &awss3.ListMultipartUploadsInput{Bucket: &e.bucket})
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +102,7 @@ func (w *env) uploads(ctx context.Context) (keys []string, err error) {
 		return nil, errors.New("one answer does not list all uploads")
 	}
 	for _, u := range list.Uploads {
-		if key := aws.ToString(u.Key); !w.ofProbe(key) {
+		if key := aws.ToString(u.Key); !e.ofProbe(key) {
 			keys = append(keys, key)
 		}
 	}
@@ -110,14 +110,14 @@ func (w *env) uploads(ctx context.Context) (keys []string, err error) {
 }
 
 // ofProbe reports whether a key may be left by the probe of a start that was killed.
-func (w *env) ofProbe(key string) bool {
+func (e *env) ofProbe(key string) bool {
 	return strings.HasPrefix(key, probe.Dir+"/") &&
-		(len(w.crashes) > 1 || len(w.crashes) == 1 && countsFromStart(w.crashes[0]))
+		(len(e.crashes) > 1 || len(e.crashes) == 1 && countsFromStart(e.crashes[0]))
 }
 
 // ageUploads sets the start of all open uploads to long ago.
-func (w *env) ageUploads() error {
-	dirs, err := filepath.Glob(w.objects(serverDir, "multipart", "*", "*"))
+func (e *env) ageUploads() error {
+	dirs, err := filepath.Glob(e.objects(serverDir, "multipart", "*", "*"))
 	if err != nil {
 		return err
 	}
@@ -141,17 +141,17 @@ func filled(size int) []byte {
 
 // makeHuge adds to the base of buckets a collection with an object that is copied in
 // parts, and a snapshot of it.
-func (w *env) makeHuge(ctx context.Context) error {
-	if err := w.start(ctx, start{}); err != nil {
+func (e *env) makeHuge(ctx context.Context) error {
+	if err := e.start(ctx, start{}); err != nil {
 		return err
 	}
-	err := w.collection(ctx, huge, 3, 0)
+	err := e.collection(ctx, huge, 3, 0)
 	if err == nil {
-		w.Snapshots[huge] = w.Collections[huge]
-		err = w.take(ctx, huge, huge, token)
+		e.Snapshots[huge] = e.Collections[huge]
+		err = e.take(ctx, huge, huge, token)
 	}
 	if err == nil {
-		err = eventually(ctx, func(ctx context.Context) error { return w.audit(ctx, false) })
+		err = eventually(ctx, func(ctx context.Context) error { return e.audit(ctx, false) })
 	}
-	return errors.Join(err, w.s.stop())
+	return errors.Join(err, e.s.stop())
 }

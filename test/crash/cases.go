@@ -41,12 +41,12 @@ type scenario struct {
 	settings string
 	// prepare runs before the start of the snapshotd that crashes. It may start and
 	// end others. May be nil.
-	prepare func(ctx context.Context, r *runner, w *env) error
+	prepare func(ctx context.Context, r *runner, e *env) error
 	// op is the operation. It is called before the crash, and again after the restart:
 	// then it must succeed, unless that server crashes as well.
-	op func(ctx context.Context, w *env) error
+	op func(ctx context.Context, e *env) error
 	// after enters the changes of op in the ledger. May be nil.
-	after func(w *env)
+	after func(e *env)
 }
 
 var scenarios = []scenario{
@@ -80,9 +80,9 @@ var scenarios = []scenario{
 			"collect.note",
 		},
 		requests: map[string]int{"bucket.delete": 3},
-		orphans:  true, op: drop, after: func(w *env) { delete(w.Snapshots, old) },
+		orphans:  true, op: drop, after: func(e *env) { delete(e.Snapshots, old) },
 	},
-	{name: "expire", steps: []string{"drop.expire"}, op: expire, after: func(w *env) { delete(w.Snapshots, old) }},
+	{name: "expire", steps: []string{"drop.expire"}, op: expire, after: func(e *env) { delete(e.Snapshots, old) }},
 	{
 		name: "restore",
 		steps: []string{
@@ -99,7 +99,7 @@ var scenarios = []scenario{
 		},
 		requests: map[string]int{"bucket.put": 1, "bucket.copy": 3},
 		twice:    []string{"restore.pin", "restore.copy", "restore.done"}, quick: true, op: restore,
-		after: func(w *env) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[keep]), true },
+		after: func(e *env) { e.Collections["copy"], e.Restored["copy"] = copies(e.Snapshots[keep]), true },
 	},
 	{
 		name: "give-up",
@@ -119,7 +119,7 @@ var scenarios = []scenario{
 	{
 		name: "parts", requests: map[string]int{"bucket.begin": 1, "bucket.part": 3, "bucket.complete": 1},
 		huge: true, settings: "keep_restores: 1m\n", op: restoreHuge,
-		after: func(w *env) { w.Collections["copy"], w.Restored["copy"] = copies(w.Snapshots[huge]), true },
+		after: func(e *env) { e.Collections["copy"], e.Restored["copy"] = copies(e.Snapshots[huge]), true },
 	},
 	{name: "abort", requests: map[string]int{"bucket.abort": 1}, huge: true, prepare: leaveUpload, op: restoreHugeTooSlow},
 	{
@@ -138,15 +138,15 @@ var scenarios = []scenario{
 		steps:    []string{"collect.part"},
 		requests: map[string]int{"bucket.delete": 1},
 		op:       dropParts,
-		after: func(w *env) {
-			first := w.Collections[mall][0]
+		after: func(e *env) {
+			first := e.Collections[mall][0]
 			first.Files = first.Files[:1] // without the build
-			w.Collections[mall] = []seg{first, w.Collections[mall][1]}
+			e.Collections[mall] = []seg{first, e.Collections[mall][1]}
 		},
 	},
 	{
 		name: "drop-collection", steps: []string{"collect.collection"}, requests: map[string]int{"bucket.delete": 1},
-		op: dropCollection, after: func(w *env) { delete(w.Collections, mall) },
+		op: dropCollection, after: func(e *env) { delete(e.Collections, mall) },
 	},
 	{
 		name: "park", steps: []string{"held.put", "park.txn"}, requests: map[string]int{"bucket.put": 1},
@@ -160,19 +160,19 @@ var scenarios = []scenario{
 		op:       deleteOrphans,
 	},
 	{name: "allocate", steps: []string{"catalog.allocate"}, op: allocate},
-	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(w *env) {
-		in := w.Collections[mall][1].ID
-		w.Collections[mall] = append(without(w.Collections[mall], in), w.answers["segment"].(seg))
+	{name: "compact", steps: []string{"catalog.change"}, op: compact, after: func(e *env) {
+		in := e.Collections[mall][1].ID
+		e.Collections[mall] = append(without(e.Collections[mall], in), e.answers["segment"].(seg))
 	}},
 	{
 		name: "compact-large", steps: []string{"held.put"}, requests: map[string]int{"bucket.put": 1},
-		orphans: true, op: compactLarge, after: func(w *env) {
-			w.Collections[mall] = append(w.Collections[mall], w.answers["segment"].(seg))
+		orphans: true, op: compactLarge, after: func(e *env) {
+			e.Collections[mall] = append(e.Collections[mall], e.answers["segment"].(seg))
 		},
 	},
-	{name: "pin", steps: []string{"pin.create"}, op: pin, after: func(w *env) { w.Pins++ }},
+	{name: "pin", steps: []string{"pin.create"}, op: pin, after: func(e *env) { e.Pins++ }},
 	{name: "renew", steps: []string{"pin.renew"}, op: renew},
-	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(w *env) { w.Pins-- }},
+	{name: "unpin", steps: []string{"pin.remove"}, op: unpin, after: func(e *env) { e.Pins-- }},
 	{
 		name: "start",
 		steps: []string{
@@ -199,47 +199,47 @@ var scenarios = []scenario{
 }
 
 // created enters a snapshot of the current content of a collection.
-func created(name, of string) func(w *env) {
-	return func(w *env) { w.Snapshots[name] = w.Collections[of] }
+func created(name, of string) func(e *env) {
+	return func(e *env) { e.Snapshots[name] = e.Collections[of] }
 }
 
 // dropped removes a segment from a collection, by its position.
-func dropped(name string, at int) func(w *env) {
-	return func(w *env) { w.Collections[name] = without(w.Collections[name], w.Collections[name][at].ID) }
+func dropped(name string, at int) func(e *env) {
+	return func(e *env) { e.Collections[name] = without(e.Collections[name], e.Collections[name][at].ID) }
 }
 
 func nothing(context.Context, *env) error { return nil }
 
 // create takes a snapshot. A create whose process died may end as aborted.
-func create(ctx context.Context, w *env) error {
-	err := w.take(ctx, shop, "new", token)
-	if err != nil || w.s.aborted.Load() == 0 {
+func create(ctx context.Context, e *env) error {
+	err := e.take(ctx, shop, "new", token)
+	if err != nil || e.s.aborted.Load() == 0 {
 		return err
 	}
-	committed := w.crashes[0].Step == "create.endlease" ||
-		w.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
-	if committed || len(w.crashes) == 1 && w.crashes[0] == (crash{Step: "create.begin", Side: before, Nth: 1}) {
+	committed := e.crashes[0].Step == "create.endlease" ||
+		e.crashes[0] == (crash{Step: "create.commit", Side: after, Nth: 1})
+	if committed || len(e.crashes) == 1 && e.crashes[0] == (crash{Step: "create.begin", Side: before, Nth: 1}) {
 		return errors.New("a create that committed was aborted")
 	}
 	return nil
 }
 
 // leavePending kills snapshotd during a create.
-func leavePending(ctx context.Context, _ *runner, w *env) error {
-	return w.dieAt(
+func leavePending(ctx context.Context, _ *runner, e *env) error {
+	return e.dieAt(
 		ctx,
 		crash{Step: "create.commit", Side: before, Nth: 1},
-		func(ctx context.Context) error { return w.take(ctx, shop, "new", token) },
+		func(ctx context.Context) error { return e.take(ctx, shop, "new", token) },
 	)
 }
 
 // takeReaped waits until the leader aborts the create, and takes the name under the
 // same token.
-func takeReaped(ctx context.Context, w *env) error {
+func takeReaped(ctx context.Context, e *env) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for w.asked == 0 { // a repeat under the token would abort the create itself
-		_, err := w.c().Snapshots.GetSnapshot(ctx, &api.GetSnapshotRequest{Snapshot: snapshot("new")})
+	for e.asked == 0 { // a repeat under the token would abort the create itself
+		_, err := e.c().Snapshots.GetSnapshot(ctx, &api.GetSnapshotRequest{Snapshot: snapshot("new")})
 		if client.Reason(err) == "SNAPSHOT_NOT_FOUND" {
 			break
 		}
@@ -252,10 +252,10 @@ func takeReaped(ctx context.Context, w *env) error {
 		case <-tick.C:
 		}
 	}
-	if err := w.take(ctx, shop, "new", token); err != nil {
+	if err := e.take(ctx, shop, "new", token); err != nil {
 		return err
 	}
-	if w.s.aborted.Load() == 0 {
+	if e.s.aborted.Load() == 0 {
 		return errors.New("the create of the dead process was not aborted")
 	}
 	return nil
@@ -263,50 +263,50 @@ func takeReaped(ctx context.Context, w *env) error {
 
 // createBroken takes a snapshot of a collection without one of its files, which fails,
 // and then one that succeeds.
-func createBroken(ctx context.Context, w *env) error {
+func createBroken(ctx context.Context, e *env) error {
 	file := filepath.Dir(
-		w.objects(root, fmt.Sprint(w.Collection[mall]), "0", fmt.Sprint(w.Collections[mall][1].ID), "insert", "0", "x"),
+		e.objects(root, fmt.Sprint(e.Collection[mall]), "0", fmt.Sprint(e.Collections[mall][1].ID), "insert", "0", "x"),
 	)
-	aside := filepath.Join(w.dir, "aside")
+	aside := filepath.Join(e.dir, "aside")
 	if err := os.Rename(file, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	_, err := w.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
+	_, err := e.c().Snapshots.CreateSnapshot(ctx, &api.CreateSnapshotRequest{
 		Collection: byName(mall), Name: "broken", Verify: true, RequestToken: token,
 	})
 	if client.Reason(err) != "FILE_MISSING" {
 		return fmt.Errorf("a create without a file ended with %w", err)
 	}
-	if w.asked == 0 {
+	if e.asked == 0 {
 		return nil
 	}
 	if err := os.Rename(aside, file); err != nil {
 		return err
 	}
-	return w.take(ctx, mall, "broken", "another-request")
+	return e.take(ctx, mall, "broken", "another-request")
 }
 
-func drop(ctx context.Context, w *env) error {
-	got, err := w.c().Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: snapshot(old), RequestToken: token})
+func drop(ctx context.Context, e *env) error {
+	got, err := e.c().Snapshots.DropSnapshot(ctx, &api.DropSnapshotRequest{Snapshot: snapshot(old), RequestToken: token})
 	if err != nil {
 		return err
 	}
-	return w.same("snapshot that was dropped", got.GetSnapshotId())
+	return e.same("snapshot that was dropped", got.GetSnapshotId())
 }
 
-func expire(ctx context.Context, w *env) error {
-	if w.asked == 0 { // the repeat must be the same request
-		w.answers["expire time"] = timestamppb.New(time.Now().Add(5 * time.Second))
+func expire(ctx context.Context, e *env) error {
+	if e.asked == 0 { // the repeat must be the same request
+		e.answers["expire time"] = timestamppb.New(time.Now().Add(5 * time.Second))
 	}
-	_, err := w.c().Snapshots.UpdateSnapshot(ctx, &api.UpdateSnapshotRequest{
+	_, err := e.c().Snapshots.UpdateSnapshot(ctx, &api.UpdateSnapshotRequest{
 		Snapshot: snapshot(old), UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"expire_time"}},
-		ExpireTime: w.answers["expire time"].(*timestamppb.Timestamp), RequestToken: token,
+		ExpireTime: e.answers["expire time"].(*timestamppb.Timestamp), RequestToken: token,
 	})
 	if err != nil {
 		return err
 	}
 	return eventually(ctx, func(ctx context.Context) error {
-		_, err := w.c().Snapshots.GetSnapshot(ctx, &api.GetSnapshotRequest{Snapshot: snapshot(old)})
+		_, err := e.c().Snapshots.GetSnapshot(ctx, &api.GetSnapshotRequest{Snapshot: snapshot(old)})
 		if client.Reason(err) == "SNAPSHOT_NOT_FOUND" {
 			return nil
 		}
@@ -314,45 +314,45 @@ func expire(ctx context.Context, w *env) error {
 	})
 }
 
-func restore(ctx context.Context, w *env) error {
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+func restore(ctx context.Context, e *env) error {
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 	})
 	if err != nil {
 		return err
 	}
-	return w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED)
+	return e.ended(ctx, job, api.RestoreJob_STATE_COMPLETED)
 }
 
 // restoreBroken starts a restore, moves the files of the snapshot away once one of them
 // is copied, and waits until the restore fails. Then it moves the files back.
-func restoreBroken(ctx context.Context, w *env) error {
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+func restoreBroken(ctx context.Context, e *env) error {
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 		Limits: &api.RestoreLimits{RequestsPerSecond: 3}, // so that most of the 36 files are not copied yet
 	})
 	if err != nil {
 		return err
 	}
-	files, target := w.objects(
+	files, target := e.objects(
 		root,
-		fmt.Sprint(w.Collection[shop]),
-	), w.objects(
+		fmt.Sprint(e.Collection[shop]),
+	), e.objects(
 		root,
-		fmt.Sprint(w.answers["target of copy"]),
+		fmt.Sprint(e.answers["target of copy"]),
 	)
-	aside := filepath.Join(w.dir, "aside")
+	aside := filepath.Join(e.dir, "aside")
 	copied := func() bool {
 		_, missing := os.Stat(files)
 		return missing != nil || holdsFile(target)
 	}
-	if err := w.running(ctx, job, copied); err != nil {
+	if err := e.running(ctx, job, copied); err != nil {
 		return err
 	}
 	if err := os.Rename(files, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := w.ended(ctx, job, api.RestoreJob_STATE_FAILED); err != nil {
+	if err := e.ended(ctx, job, api.RestoreJob_STATE_FAILED); err != nil {
 		return err
 	}
 	return os.Rename(aside, files)
@@ -373,12 +373,12 @@ func holdsFile(dir string) (found bool) {
 }
 
 // running waits until done returns true or the restore ends.
-func (w *env) running(ctx context.Context, job int64, done func() bool) error {
+func (e *env) running(ctx context.Context, job int64, done func() bool) error {
 	return eventually(ctx, func(ctx context.Context) error {
 		if done() {
 			return nil
 		}
-		got, err := w.c().Snapshots.GetRestoreState(ctx, &api.GetRestoreStateRequest{JobId: job})
+		got, err := e.c().Snapshots.GetRestoreState(ctx, &api.GetRestoreStateRequest{JobId: job})
 		if err == nil && got.GetJob().GetState() <= api.RestoreJob_STATE_EXECUTING {
 			err = errors.New("the restore has not copied a file yet")
 		}
@@ -388,20 +388,20 @@ func (w *env) running(ctx context.Context, job int64, done func() bool) error {
 
 // restoreHuge restores an object in parts, and waits until the job is removed: then no
 // upload of a dead process may be left.
-func restoreHuge(ctx context.Context, w *env) error {
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+func restoreHuge(ctx context.Context, e *env) error {
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(huge), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 	})
 	if err != nil {
 		return err
 	}
-	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+	if err := e.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
 		return err
 	}
-	if err := w.ageUploads(); err != nil {
+	if err := e.ageUploads(); err != nil {
 		return err
 	}
-	return within(ctx, time.Minute+quiet, w.forgotten)
+	return within(ctx, time.Minute+quiet, e.forgotten)
 }
 
 // hugeTimeout is the timeout of a restore that exceeds it.
@@ -409,12 +409,12 @@ const hugeTimeout = 20 * time.Second
 
 // leaveUpload kills snapshotd during a restore of an object in parts, and waits until
 // the restore has exceeded its timeout.
-func leaveUpload(ctx context.Context, _ *runner, w *env) error {
+func leaveUpload(ctx context.Context, _ *runner, e *env) error {
 	began := time.Now()
-	err := w.dieAt(
+	err := e.dieAt(
 		ctx,
 		crash{Step: "bucket.part", Side: before, Nth: 1},
-		func(ctx context.Context) error { return restoreHugeTooSlow(ctx, w) },
+		func(ctx context.Context) error { return restoreHugeTooSlow(ctx, e) },
 	)
 	if err != nil {
 		return err
@@ -422,15 +422,15 @@ func leaveUpload(ctx context.Context, _ *runner, w *env) error {
 	if err := until(ctx, began.Add(hugeTimeout)); err != nil {
 		return err
 	}
-	if open, err := w.uploads(ctx); err != nil || len(open) != 1 {
+	if open, err := e.uploads(ctx); err != nil || len(open) != 1 {
 		return fmt.Errorf("there is not one upload but %v: %w", open, err)
 	}
 	return nil
 }
 
 // restoreHugeTooSlow restores an object in parts, with a timeout that the crash exceeds.
-func restoreHugeTooSlow(ctx context.Context, w *env) error {
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+func restoreHugeTooSlow(ctx context.Context, e *env) error {
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot:     snapshot(huge),
 		Target:       &api.CollectionName{Name: "copy"},
 		RequestToken: token,
@@ -439,12 +439,12 @@ func restoreHugeTooSlow(ctx context.Context, w *env) error {
 	if err != nil {
 		return err
 	}
-	return w.ended(ctx, job, api.RestoreJob_STATE_FAILED)
+	return e.ended(ctx, job, api.RestoreJob_STATE_FAILED)
 }
 
 // cancelRestore cancels a restore in phase copy.
-func cancelRestore(ctx context.Context, w *env) error {
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+func cancelRestore(ctx context.Context, e *env) error {
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot: snapshot(keep), Target: &api.CollectionName{Name: "copy"}, RequestToken: token,
 		Limits: &api.RestoreLimits{RequestsPerSecond: 1}, // so that it lasts for more than a minute
 	})
@@ -452,7 +452,7 @@ func cancelRestore(ctx context.Context, w *env) error {
 		return err
 	}
 	err = eventually(ctx, func(ctx context.Context) error {
-		got, err := w.c().Snapshots.GetRestoreState(ctx, &api.GetRestoreStateRequest{JobId: job})
+		got, err := e.c().Snapshots.GetRestoreState(ctx, &api.GetRestoreStateRequest{JobId: job})
 		if err == nil && got.GetJob().GetPhase() < api.RestoreJob_PHASE_COPY {
 			err = errors.New("the restore does not copy yet")
 		}
@@ -461,19 +461,19 @@ func cancelRestore(ctx context.Context, w *env) error {
 	if err != nil {
 		return err
 	}
-	if _, err := w.c().Snapshots.CancelRestore(ctx, &api.CancelRestoreRequest{JobId: job}); err != nil {
+	if _, err := e.c().Snapshots.CancelRestore(ctx, &api.CancelRestoreRequest{JobId: job}); err != nil {
 		return err
 	}
-	return w.ended(ctx, job, api.RestoreJob_STATE_CANCELED)
+	return e.ended(ctx, job, api.RestoreJob_STATE_CANCELED)
 }
 
 // makeLate writes a file of a dropped segment of a restored collection again, as a late
 // copy does, and waits until the job may be removed.
-func makeLate(ctx context.Context, r *runner, w *env) error {
+func makeLate(ctx context.Context, r *runner, e *env) error {
 	if err := until(ctx, r.built.Add(time.Minute)); err != nil {
 		return err
 	}
-	return w.putOld(ctx, root+w.Late)
+	return e.putOld(ctx, root+e.Late)
 }
 
 // until waits until a time.
@@ -488,19 +488,19 @@ func until(ctx context.Context, at time.Time) error {
 	}
 }
 
-func awaitForgotten(ctx context.Context, w *env) error {
-	if err := eventually(ctx, w.forgotten); err != nil {
+func awaitForgotten(ctx context.Context, e *env) error {
+	if err := eventually(ctx, e.forgotten); err != nil {
 		return err
 	}
-	if w.exists(root + w.Late) {
+	if e.exists(root + e.Late) {
 		return errors.New("the late copy is left")
 	}
 	return nil
 }
 
 // forgotten fails while a job exists.
-func (w *env) forgotten(ctx context.Context) error {
-	jobs, err := w.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{})
+func (e *env) forgotten(ctx context.Context) error {
+	jobs, err := e.c().Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{})
 	if err == nil && len(jobs.GetJobs()) > 0 {
 		err = fmt.Errorf("there are %d jobs", len(jobs.GetJobs()))
 	}
@@ -509,12 +509,12 @@ func (w *env) forgotten(ctx context.Context) error {
 
 // reclaim drops a segment, deletes its files when that is granted, and confirms the
 // deletion.
-func reclaim(ctx context.Context, w *env) error {
-	id := w.Collections[mall][1].ID
-	if err := w.dropSegments(ctx, mall, id); err != nil && (w.asked == 0 || client.Reason(err) != "SEGMENT_NOT_FOUND") {
+func reclaim(ctx context.Context, e *env) error {
+	id := e.Collections[mall][1].ID
+	if err := e.dropSegments(ctx, mall, id); err != nil && (e.asked == 0 || client.Reason(err) != "SEGMENT_NOT_FOUND") {
 		return err // not found: it was confirmed
 	}
-	got, err := w.c().Reclaim.Reclaim(ctx, &api.ReclaimRequest{
+	got, err := e.c().Reclaim.Reclaim(ctx, &api.ReclaimRequest{
 		Collection: byName(mall),
 		Units:      []*api.Unit{{Unit: &api.Unit_SegmentId{SegmentId: id}}},
 		Deleter:    api.Deleter_DELETER_CALLER,
@@ -522,10 +522,10 @@ func reclaim(ctx context.Context, w *env) error {
 	if err != nil {
 		return err
 	}
-	if w.asked == 0 && got.GetResults()[0].GetTombstone() == nil {
+	if e.asked == 0 && got.GetResults()[0].GetTombstone() == nil {
 		return fmt.Errorf("it is not granted: %v", got)
 	}
-	list, err := w.c().Reclaim.ListTombstones(
+	list, err := e.c().Reclaim.ListTombstones(
 		ctx,
 		&api.ListTombstonesRequest{Collection: byName(mall), Deleter: api.Deleter_DELETER_CALLER},
 	)
@@ -535,58 +535,58 @@ func reclaim(ctx context.Context, w *env) error {
 	done := &api.ConfirmReclaimedRequest{Collection: byName(mall)}
 	for _, t := range list.GetTombstones() {
 		for _, f := range t.GetFiles() {
-			if err := os.Remove(w.objects(f.GetKey())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			if err := os.Remove(e.objects(f.GetKey())); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
 		}
 		done.TombstoneIds = append(done.TombstoneIds, t.GetId())
 	}
-	_, err = w.c().Reclaim.ConfirmReclaimed(ctx, done)
+	_, err = e.c().Reclaim.ConfirmReclaimed(ctx, done)
 	return err
 }
 
-func dropParts(ctx context.Context, w *env) error {
-	_, err := w.c().Catalog.DropPartition(
+func dropParts(ctx context.Context, e *env) error {
+	_, err := e.c().Catalog.DropPartition(
 		ctx,
 		&api.DropPartitionRequest{Collection: byName(mall), Name: "small", RequestToken: token},
 	)
 	if err != nil {
 		return err
 	}
-	_, err = w.c().Catalog.DropIndex(
+	_, err = e.c().Catalog.DropIndex(
 		ctx,
 		&api.DropIndexRequest{Collection: byName(mall), Name: "by-id", RequestToken: token + "-2"},
 	)
 	return err
 }
 
-func dropCollection(ctx context.Context, w *env) error {
-	got, err := w.c().Catalog.DropCollection(
+func dropCollection(ctx context.Context, e *env) error {
+	got, err := e.c().Catalog.DropCollection(
 		ctx,
 		&api.DropCollectionRequest{Collection: byName(mall), RequestToken: token},
 	)
 	if err != nil {
 		return err
 	}
-	return w.same("collection that was dropped", got.GetCollectionId())
+	return e.same("collection that was dropped", got.GetCollectionId())
 }
 
-func park(ctx context.Context, w *env) error {
-	if err := w.dropSegments(ctx, shop, w.Collections[shop][0].ID); err != nil {
+func park(ctx context.Context, e *env) error {
+	if err := e.dropSegments(ctx, shop, e.Collections[shop][0].ID); err != nil {
 		return err
 	}
-	return w.spilled(ctx, 2)
+	return e.spilled(ctx, 2)
 }
 
 // orphan returns the key of a file with an unused id under the root of a collection.
-func orphan(w *env) string {
-	return fmt.Sprintf("%s%d/0/%d/insert/0/%d", root, w.Collection[shop], w.Dead[0], w.Dead[1])
+func orphan(e *env) string {
+	return fmt.Sprintf("%s%d/0/%d/insert/0/%d", root, e.Collection[shop], e.Dead[0], e.Dead[1])
 }
 
-func makeOrphan(ctx context.Context, _ *runner, w *env) error { return w.putOld(ctx, orphan(w)) }
+func makeOrphan(ctx context.Context, _ *runner, e *env) error { return e.putOld(ctx, orphan(e)) }
 
-func deleteOrphans(ctx context.Context, w *env) error {
-	stream, err := w.c().Collector.DeleteOrphans(
+func deleteOrphans(ctx context.Context, e *env) error {
+	stream, err := e.c().Collector.DeleteOrphans(
 		ctx,
 		&api.DeleteOrphansRequest{Collection: byName(shop), Grace: durationpb.New(time.Hour)},
 	)
@@ -596,23 +596,23 @@ func deleteOrphans(ctx context.Context, w *env) error {
 	if !errors.Is(err, io.EOF) {
 		return err
 	}
-	if w.exists(orphan(w)) {
+	if e.exists(orphan(e)) {
 		return errors.New("the orphan is left")
 	}
 	return nil
 }
 
-func allocate(ctx context.Context, w *env) error {
-	ids, err := w.allocate(ctx, 100, token, "id")
+func allocate(ctx context.Context, e *env) error {
+	ids, err := e.allocate(ctx, 100, token, "id")
 	if err != nil {
 		return err
 	}
-	return w.same("first id", ids[0])
+	return e.same("first id", ids[0])
 }
 
 // partitions returns the ids of the partitions of mall.
-func (w *env) partitions(ctx context.Context) (map[string]int64, error) {
-	list, err := w.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(mall)})
+func (e *env) partitions(ctx context.Context) (map[string]int64, error) {
+	list, err := e.c().Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: byName(mall)})
 	partitions := map[string]int64{}
 	for _, p := range list.GetPartitions() {
 		partitions[p.GetName()] = p.GetId()
@@ -622,22 +622,22 @@ func (w *env) partitions(ctx context.Context) (map[string]int64, error) {
 
 // compactLarge registers segments whose records exceed one transaction, and replaces
 // them.
-func compactLarge(ctx context.Context, w *env) error {
-	partitions, err := w.partitions(ctx)
+func compactLarge(ctx context.Context, e *env) error {
+	partitions, err := e.partitions(ctx)
 	if err != nil {
 		return err
 	}
 	const inputs = 3
-	out := w.Spare[3*inputs : 3*inputs+3]
-	if w.asked == 0 {
+	out := e.Spare[3*inputs : 3*inputs+3]
+	if e.asked == 0 {
 		add := &api.AddSegmentsRequest{Collection: byName(mall)}
 		var ids []int64
 		for i := range inputs {
-			one, _, err := w.segment(
+			one, _, err := e.segment(
 				ctx,
-				w.Collection[mall],
+				e.Collection[mall],
 				partitions,
-				w.Spare[3*i:3*i+3],
+				e.Spare[3*i:3*i+3],
 				shape{partition: "main", large: true},
 			)
 			if err != nil {
@@ -645,7 +645,7 @@ func compactLarge(ctx context.Context, w *env) error {
 			}
 			add.Segments, ids = append(add.Segments, one), append(ids, one.GetId())
 		}
-		stream, err := w.c().Catalog.AddSegments(ctx)
+		stream, err := e.c().Catalog.AddSegments(ctx)
 		if err != nil {
 			return err
 		}
@@ -653,93 +653,93 @@ func compactLarge(ctx context.Context, w *env) error {
 		if _, err := stream.CloseAndRecv(); err != nil {
 			return err
 		}
-		w.answers["inputs"] = ids
+		e.answers["inputs"] = ids
 	}
-	output, known, err := w.segment(ctx, w.Collection[mall], partitions, out, shape{partition: "main"})
+	output, known, err := e.segment(ctx, e.Collection[mall], partitions, out, shape{partition: "main"})
 	if err != nil {
 		return err
 	}
-	w.answers["segment"] = known
-	_, err = w.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
-		Collection: byName(mall), Inputs: w.answers["inputs"].([]int64), Outputs: []*api.Segment{output}, RequestToken: token,
+	e.answers["segment"] = known
+	_, err = e.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
+		Collection: byName(mall), Inputs: e.answers["inputs"].([]int64), Outputs: []*api.Segment{output}, RequestToken: token,
 	})
 	return err
 }
 
 // compact replaces a segment.
-func compact(ctx context.Context, w *env) error {
-	partitions, err := w.partitions(ctx)
+func compact(ctx context.Context, e *env) error {
+	partitions, err := e.partitions(ctx)
 	if err != nil {
 		return err
 	}
-	out, known, err := w.segment(ctx, w.Collection[mall], partitions, w.Spare[:3], shape{partition: "main"})
+	out, known, err := e.segment(ctx, e.Collection[mall], partitions, e.Spare[:3], shape{partition: "main"})
 	if err != nil {
 		return err
 	}
-	w.answers["segment"] = known
-	_, err = w.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
+	e.answers["segment"] = known
+	_, err = e.c().Catalog.CompactSegments(ctx, &api.CompactSegmentsRequest{
 		Collection:   byName(mall),
-		Inputs:       []int64{w.Collections[mall][1].ID},
+		Inputs:       []int64{e.Collections[mall][1].ID},
 		Outputs:      []*api.Segment{out},
 		RequestToken: token,
 	})
 	return err
 }
 
-func pin(ctx context.Context, w *env) error {
-	got, err := w.c().Snapshots.PinSnapshot(
+func pin(ctx context.Context, e *env) error {
+	got, err := e.c().Snapshots.PinSnapshot(
 		ctx,
 		&api.PinSnapshotRequest{Snapshot: snapshot(old), Owner: "harness", RequestToken: token},
 	)
 	if err != nil {
 		return err
 	}
-	if err := w.claimID(got.GetPin().GetId(), "pin "+token); err != nil {
+	if err := e.claimID(got.GetPin().GetId(), "pin "+token); err != nil {
 		return err
 	}
-	return w.same("pin", got.GetPin().GetId())
+	return e.same("pin", got.GetPin().GetId())
 }
 
-func renew(ctx context.Context, w *env) error {
-	_, err := w.c().Snapshots.RenewPin(
+func renew(ctx context.Context, e *env) error {
+	_, err := e.c().Snapshots.RenewPin(
 		ctx,
-		&api.RenewPinRequest{Snapshot: snapshot(keep), PinId: w.Pin, Ttl: durationpb.New(2 * time.Hour)},
+		&api.RenewPinRequest{Snapshot: snapshot(keep), PinId: e.Pin, Ttl: durationpb.New(2 * time.Hour)},
 	)
 	return err
 }
 
-func unpin(ctx context.Context, w *env) error {
-	_, err := w.c().Snapshots.UnpinSnapshot(ctx, &api.UnpinSnapshotRequest{Snapshot: snapshot(keep), PinId: w.Pin})
+func unpin(ctx context.Context, e *env) error {
+	_, err := e.c().Snapshots.UnpinSnapshot(ctx, &api.UnpinSnapshotRequest{Snapshot: snapshot(keep), PinId: e.Pin})
 	return err
 }
 
 // resign ends the leader with a signal.
-func resign(_ context.Context, w *env) error {
-	if w.asked > 0 {
+func resign(_ context.Context, e *env) error {
+	if e.asked > 0 {
 		return nil
 	}
-	return w.s.cmd.Process.Signal(syscall.SIGTERM)
+	return e.s.cmd.Process.Signal(syscall.SIGTERM)
 }
 
 // recoverEpoch skips ids, with or without a rollback of etcd.
-func recoverEpoch(ctx context.Context, w *env) error {
-	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Force: true})
+func recoverEpoch(ctx context.Context, e *env) error {
+	_, err := e.c().Collector.Recover(ctx, &api.RecoverRequest{Force: true})
 	return err
 }
 
 // recoverClock makes the clocks trusted.
-func recoverClock(ctx context.Context, w *env) error {
-	_, err := w.c().Collector.Recover(ctx, &api.RecoverRequest{Clock: true})
+func recoverClock(ctx context.Context, e *env) error {
+	_, err := e.c().Collector.Recover(ctx, &api.RecoverRequest{Clock: true})
 	return err
 }
 
 // goBack rolls etcd back behind the object store.
-func goBack(ctx context.Context, _ *runner, w *env) error {
-	if err := w.awaitHeartbeat(ctx); err != nil {
+func goBack(ctx context.Context, _ *runner, e *env) error {
+	if err := e.awaitHeartbeat(ctx); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(filepath.Join(w.dir, "data", "etcd")); err != nil {
+	if err := os.RemoveAll(filepath.Join(e.dir, "data", "etcd")); err != nil {
 		return err
 	}
-	return copyTree(ctx, filepath.Join(w.base.dir, "data", "etcd"), filepath.Join(w.dir, "data", "etcd"))
+	return copyTree(ctx, filepath.Join(e.base.dir, "data", "etcd"), filepath.Join(e.dir, "data", "etcd"))
 }

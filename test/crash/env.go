@@ -85,63 +85,63 @@ type env struct {
 	asked    int            // earlier calls of the operation
 }
 
-func (w *env) c() *client.Client { return w.s.c }
+func (e *env) c() *client.Client { return e.s.c }
 
 // start starts snapshotd and waits until it serves, or until it dies if it may.
-func (w *env) start(ctx context.Context, how start) error {
-	w.starts++
-	settings := w.settings
-	if w.buckets != nil {
-		settings += w.buckets.settings(w.bucket)
+func (e *env) start(ctx context.Context, how start) error {
+	e.starts++
+	settings := e.settings
+	if e.buckets != nil {
+		settings += e.buckets.settings(e.bucket)
 	}
 	var err error
-	w.s, err = startServer(
+	e.s, err = startServer(
 		ctx,
-		w.bin,
-		w.dir,
+		e.bin,
+		e.dir,
 		settings,
 		how,
-		filepath.Join(w.dir, fmt.Sprintf("snapshotd-%d.log", w.starts)),
+		filepath.Join(e.dir, fmt.Sprintf("snapshotd-%d.log", e.starts)),
 	)
 	if err != nil {
 		return err
 	}
-	if err := w.s.serves(ctx); err != nil && (how.at == "" || !errors.Is(err, errEnded)) {
+	if err := e.s.serves(ctx); err != nil && (how.at == "" || !errors.Is(err, errEnded)) {
 		return err
 	}
 	return nil
 }
 
 // objects returns a path below the object store.
-func (w *env) objects(elem ...string) string {
-	store := filepath.Join(w.dir, "data", "objects")
-	if w.buckets != nil {
-		store = filepath.Join(w.buckets.dir, w.bucket)
+func (e *env) objects(elem ...string) string {
+	store := filepath.Join(e.dir, "data", "objects")
+	if e.buckets != nil {
+		store = filepath.Join(e.buckets.dir, e.bucket)
 	}
 	return filepath.Join(append([]string{store}, elem...)...)
 }
 
 // claimID records the use of an id. It fails when the id has another use.
-func (w *env) claimID(id int64, what string) error {
-	if before, ok := w.IDs[id]; ok && before != what {
+func (e *env) claimID(id int64, what string) error {
+	if before, ok := e.IDs[id]; ok && before != what {
 		return fmt.Errorf("id %d was allocated twice: for %s and for %s", id, before, what)
 	}
-	w.IDs[id] = what
+	e.IDs[id] = what
 	return nil
 }
 
 // same compares an answer with the first answer of the case.
-func (w *env) same(what string, answer any) error {
-	if before, ok := w.answers[what]; ok && before != answer {
+func (e *env) same(what string, answer any) error {
+	if before, ok := e.answers[what]; ok && before != answer {
 		return fmt.Errorf("the repeat has another %s: %v, first %v", what, answer, before)
 	}
-	w.answers[what] = answer
+	e.answers[what] = answer
 	return nil
 }
 
 // allocate returns n ids in a row.
-func (w *env) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
-	resp, err := w.c().Catalog.AllocateIds(
+func (e *env) allocate(ctx context.Context, n int64, token, what string) ([]int64, error) {
+	resp, err := e.c().Catalog.AllocateIds(
 		ctx,
 		&api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: n}, RequestToken: token},
 	)
@@ -151,7 +151,7 @@ func (w *env) allocate(ctx context.Context, n int64, token, what string) ([]int6
 	ids := make([]int64, n)
 	for i := range ids {
 		ids[i] = resp.GetIds().GetFirst() + int64(i)
-		if err := w.claimID(ids[i], fmt.Sprintf("%s %d of allocation %s", what, i, token)); err != nil {
+		if err := e.claimID(ids[i], fmt.Sprintf("%s %d of allocation %s", what, i, token)); err != nil {
 			return nil, err
 		}
 	}
@@ -217,7 +217,7 @@ type shape struct {
 
 // segment writes the files of a segment. It returns the segment for registration and
 // for the ledger. It uses three ids.
-func (w *env) segment(
+func (e *env) segment(
 	ctx context.Context,
 	collection int64,
 	partitions map[string]int64,
@@ -240,7 +240,7 @@ func (w *env) segment(
 				MaxTimestamp: 9,
 				SizeBytes:    int64(len(content)),
 			},
-			w.put(
+			e.put(
 				ctx,
 				root+path,
 				content,
@@ -286,8 +286,8 @@ func (w *env) segment(
 
 // collection makes a collection with two partitions, main and small, an index and
 // segments: the first has a build of the index, the last two are in small.
-func (w *env) collection(ctx context.Context, name string, segments, big int) error {
-	made, err := w.c().Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
+func (e *env) collection(ctx context.Context, name string, segments, big int) error {
+	made, err := e.c().Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: name}, Channels: []string{name + "-channel"},
 		Schema: &api.Schema{Fields: []*api.Field{{Id: 1, Name: "id", DataType: "Int64", PrimaryKey: true}}},
 		Roots:  []*api.Root{{Store: "default", Prefix: root}}, RequestToken: client.NewRequestToken(),
@@ -296,10 +296,10 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 		return err
 	}
 	id := made.GetCollection().GetId()
-	w.Collection[name] = id
+	e.Collection[name] = id
 	partitions := map[string]int64{}
 	for _, p := range []string{"main", "small"} {
-		got, err := w.c().Catalog.CreatePartition(
+		got, err := e.c().Catalog.CreatePartition(
 			ctx,
 			&api.CreatePartitionRequest{Collection: byName(name), Name: p, RequestToken: client.NewRequestToken()},
 		)
@@ -308,7 +308,7 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 		}
 		partitions[p] = got.GetPartition().GetId()
 	}
-	index, err := w.c().Catalog.CreateIndex(
+	index, err := e.c().Catalog.CreateIndex(
 		ctx,
 		&api.CreateIndexRequest{Collection: byName(name), Name: "by-id", FieldId: 1, RequestToken: client.NewRequestToken()},
 	)
@@ -319,11 +319,11 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 		"collection": id, "partition main": partitions["main"], "partition small": partitions["small"],
 		"index": index.GetIndex().GetId(),
 	} {
-		if err := w.claimID(id, what+" of "+name); err != nil {
+		if err := e.claimID(id, what+" of "+name); err != nil {
 			return err
 		}
 	}
-	ids, err := w.allocate(ctx, int64(3*segments), client.NewRequestToken(), "segment of "+name)
+	ids, err := e.allocate(ctx, int64(3*segments), client.NewRequestToken(), "segment of "+name)
 	if err != nil {
 		return err
 	}
@@ -336,14 +336,14 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 		if i >= segments-2 {
 			s.partition = "small"
 		}
-		one, known, err := w.segment(ctx, id, partitions, ids[3*i:3*i+3], s)
+		one, known, err := e.segment(ctx, id, partitions, ids[3*i:3*i+3], s)
 		if err != nil {
 			return err
 		}
 		add.Segments = append(add.Segments, one)
-		w.Collections[name] = append(w.Collections[name], known)
+		e.Collections[name] = append(e.Collections[name], known)
 	}
-	stream, err := w.c().Catalog.AddSegments(ctx)
+	stream, err := e.c().Catalog.AddSegments(ctx)
 	if err != nil {
 		return err
 	}
@@ -351,31 +351,31 @@ func (w *env) collection(ctx context.Context, name string, segments, big int) er
 	if _, err := stream.CloseAndRecv(); err != nil {
 		return err
 	}
-	_, err = w.c().Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
+	_, err = e.c().Catalog.SetCheckpoints(ctx, &api.SetCheckpointsRequest{
 		Collection: byName(name), Checkpoints: []*api.ChannelPosition{{Position: &api.Position{Timestamp: 10}}},
 	})
 	return err
 }
 
 // take takes a snapshot of a collection.
-func (w *env) take(ctx context.Context, collection, name, token string) error {
+func (e *env) take(ctx context.Context, collection, name, token string) error {
 	what := "snapshot " + name + " " + token
-	got, err := w.c().Snapshots.CreateSnapshot(
+	got, err := e.c().Snapshots.CreateSnapshot(
 		ctx,
 		&api.CreateSnapshotRequest{Collection: byName(collection), Name: name, RequestToken: token},
 	)
 	if err != nil {
 		return err
 	}
-	if err := w.claimID(got.GetSnapshot().GetId(), what); err != nil {
+	if err := e.claimID(got.GetSnapshot().GetId(), what); err != nil {
 		return err
 	}
-	return w.same(what, got.GetSnapshot().GetId())
+	return e.same(what, got.GetSnapshot().GetId())
 }
 
 // dropSegments drops segments of a collection.
-func (w *env) dropSegments(ctx context.Context, collection string, ids ...int64) error {
-	_, err := w.c().Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: byName(collection), SegmentIds: ids})
+func (e *env) dropSegments(ctx context.Context, collection string, ids ...int64) error {
+	_, err := e.c().Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: byName(collection), SegmentIds: ids})
 	return err
 }
 
@@ -396,27 +396,27 @@ func copies(segments []seg, partitions ...string) []seg {
 }
 
 // restore restores a snapshot and returns the job's id.
-func (w *env) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (int64, error) {
-	got, err := w.c().Snapshots.RestoreSnapshot(ctx, req)
+func (e *env) restore(ctx context.Context, req *api.RestoreSnapshotRequest) (int64, error) {
+	got, err := e.c().Snapshots.RestoreSnapshot(ctx, req)
 	if err != nil {
 		return 0, err
 	}
 	name := req.GetTarget().GetName()
-	if err := w.claimID(got.GetJobId(), "restore to "+name+" "+req.GetRequestToken()); err != nil {
+	if err := e.claimID(got.GetJobId(), "restore to "+name+" "+req.GetRequestToken()); err != nil {
 		return 0, err
 	}
-	if err := w.claimID(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
+	if err := e.claimID(got.GetCollectionId(), "collection "+name+" "+req.GetRequestToken()); err != nil {
 		return 0, err
 	}
-	if err := w.same("target of "+name, got.GetCollectionId()); err != nil {
+	if err := e.same("target of "+name, got.GetCollectionId()); err != nil {
 		return 0, err
 	}
-	return got.GetJobId(), w.same("restore to "+name, got.GetJobId())
+	return got.GetJobId(), e.same("restore to "+name, got.GetJobId())
 }
 
 // ended waits until a restore ends and checks its state.
-func (w *env) ended(ctx context.Context, job int64, want api.RestoreJob_State) error {
-	got, err := client.WaitRestore(ctx, w.c().Snapshots, job)
+func (e *env) ended(ctx context.Context, job int64, want api.RestoreJob_State) error {
+	got, err := client.WaitRestore(ctx, e.c().Snapshots, job)
 	if err != nil {
 		return err
 	}
@@ -427,8 +427,8 @@ func (w *env) ended(ctx context.Context, job int64, want api.RestoreJob_State) e
 }
 
 // collect runs a collector cycle and waits until its files are deleted.
-func (w *env) collect(ctx context.Context) error {
-	stream, err := w.c().Collector.Collect(ctx, &api.CollectRequest{Wait: true})
+func (e *env) collect(ctx context.Context) error {
+	stream, err := e.c().Collector.Collect(ctx, &api.CollectRequest{Wait: true})
 	for err == nil {
 		_, err = stream.Recv()
 	}
@@ -439,28 +439,28 @@ func (w *env) collect(ctx context.Context) error {
 }
 
 // build makes the base of every case.
-func (w *env) build(ctx context.Context) error {
-	if err := w.collection(ctx, shop, taskSize+3, taskSize); err != nil {
+func (e *env) build(ctx context.Context) error {
+	if err := e.collection(ctx, shop, taskSize+3, taskSize); err != nil {
 		return fmt.Errorf("collection %s: %w", shop, err)
 	}
-	if err := w.collection(ctx, mall, 4, 1); err != nil {
+	if err := e.collection(ctx, mall, 4, 1); err != nil {
 		return fmt.Errorf("collection %s: %w", mall, err)
 	}
-	if err := w.take(ctx, shop, old, client.NewRequestToken()); err != nil {
+	if err := e.take(ctx, shop, old, client.NewRequestToken()); err != nil {
 		return err
 	}
-	w.Snapshots[old] = w.Collections[shop]
-	w.Old = w.Collections[shop][1].ID
-	if err := w.dropSegments(ctx, shop, w.Old); err != nil {
+	e.Snapshots[old] = e.Collections[shop]
+	e.Old = e.Collections[shop][1].ID
+	if err := e.dropSegments(ctx, shop, e.Old); err != nil {
 		return err
 	}
-	w.Collections[shop] = without(w.Collections[shop], w.Old)
-	if err := w.take(ctx, shop, keep, client.NewRequestToken()); err != nil {
+	e.Collections[shop] = without(e.Collections[shop], e.Old)
+	if err := e.take(ctx, shop, keep, client.NewRequestToken()); err != nil {
 		return err
 	}
-	w.Snapshots[keep] = w.Collections[shop]
+	e.Snapshots[keep] = e.Collections[shop]
 	// A restored collection that has lost a segment.
-	job, err := w.restore(ctx, &api.RestoreSnapshotRequest{
+	job, err := e.restore(ctx, &api.RestoreSnapshotRequest{
 		Snapshot:     snapshot(keep),
 		Target:       &api.CollectionName{Name: "before"},
 		Partitions:   []string{"small"},
@@ -469,32 +469,32 @@ func (w *env) build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := w.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
+	if err := e.ended(ctx, job, api.RestoreJob_STATE_COMPLETED); err != nil {
 		return err
 	}
-	w.Restored["before"] = true
-	segments, err := w.export(ctx, "before")
+	e.Restored["before"] = true
+	segments, err := e.export(ctx, "before")
 	if err != nil {
 		return err
 	}
-	w.Late = segments[0].GetFiles()[0].GetPath()
-	if err := w.dropSegments(ctx, "before", segments[0].GetId()); err != nil {
+	e.Late = segments[0].GetFiles()[0].GetPath()
+	if err := e.dropSegments(ctx, "before", segments[0].GetId()); err != nil {
 		return err
 	}
-	w.Collections["before"] = copies(w.Snapshots[keep], "small")[1:]
-	if w.Spare, err = w.allocate(ctx, spareIDs, client.NewRequestToken(), "spare"); err != nil {
+	e.Collections["before"] = copies(e.Snapshots[keep], "small")[1:]
+	if e.Spare, err = e.allocate(ctx, spareIDs, client.NewRequestToken(), "spare"); err != nil {
 		return err
 	}
-	if w.Dead, err = w.allocate(ctx, deadIDs, client.NewRequestToken(), "dead"); err != nil {
+	if e.Dead, err = e.allocate(ctx, deadIDs, client.NewRequestToken(), "dead"); err != nil {
 		return err
 	}
-	return w.spilled(ctx, 1)
+	return e.spilled(ctx, 1)
 }
 
 // spilled waits until exactly want units are held, all with spilled records.
-func (w *env) spilled(ctx context.Context, want int64) error {
+func (e *env) spilled(ctx context.Context, want int64) error {
 	return eventually(ctx, func(ctx context.Context) error {
-		got, err := w.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
+		got, err := e.c().Collector.GetCollectorStatus(ctx, &api.GetCollectorStatusRequest{})
 		if err != nil {
 			return err
 		}
@@ -506,16 +506,16 @@ func (w *env) spilled(ctx context.Context, want int64) error {
 }
 
 // awaitHeartbeat starts snapshotd, waits for a new epoch object, and ends snapshotd.
-func (w *env) awaitHeartbeat(ctx context.Context) error {
+func (e *env) awaitHeartbeat(ctx context.Context) error {
 	notes := func() (string, error) {
-		list, err := filepath.Glob(w.objects("gc", "epoch", "*.json"))
+		list, err := filepath.Glob(e.objects("gc", "epoch", "*.json"))
 		return slices.Max(append(list, "")), err
 	}
 	had, err := notes()
 	if err != nil {
 		return err
 	}
-	if err := w.start(ctx, start{}); err != nil {
+	if err := e.start(ctx, start{}); err != nil {
 		return err
 	}
 	err = eventually(ctx, func(context.Context) error {
@@ -525,12 +525,12 @@ func (w *env) awaitHeartbeat(ctx context.Context) error {
 		}
 		return err
 	})
-	return errors.Join(err, w.s.stop())
+	return errors.Join(err, e.s.stop())
 }
 
 // export returns a collection's segments in the order of their ids.
-func (w *env) export(ctx context.Context, name string) ([]*api.Segment, error) {
-	stream, err := w.c().Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: byName(name)})
+func (e *env) export(ctx context.Context, name string) ([]*api.Segment, error) {
+	stream, err := e.c().Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: byName(name)})
 	var all []*api.Segment
 	for err == nil {
 		var part *api.ExportSegmentsResponse

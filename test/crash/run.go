@@ -62,35 +62,35 @@ func (r *runner) makeBases(ctx context.Context, cases []oneCase) error {
 }
 
 // makeBase fills an empty environment.
-func (r *runner) makeBase(ctx context.Context, w *env) error {
-	for _, dir := range []string{w.dir, w.objects()} {
+func (r *runner) makeBase(ctx context.Context, e *env) error {
+	for _, dir := range []string{e.dir, e.objects()} {
 		if err := os.MkdirAll(dir, 0o750); err != nil {
 			return err
 		}
 	}
-	if err := w.start(ctx, start{}); err != nil {
+	if err := e.start(ctx, start{}); err != nil {
 		return err
 	}
-	err := w.build(ctx)
+	err := e.build(ctx)
 	if err == nil {
 		var got *api.PinSnapshotResponse
-		got, err = w.c().Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{
+		got, err = e.c().Snapshots.PinSnapshot(ctx, &api.PinSnapshotRequest{
 			Snapshot: snapshot(keep), Owner: "harness", Ttl: durationpb.New(time.Hour),
 		})
-		w.Pin, w.Pins = got.GetPin().GetId(), 1
+		e.Pin, e.Pins = got.GetPin().GetId(), 1
 	}
 	if err == nil {
-		err = eventually(ctx, func(ctx context.Context) error { return w.audit(ctx, false) })
+		err = eventually(ctx, func(ctx context.Context) error { return e.audit(ctx, false) })
 	}
-	if err := errors.Join(err, w.s.stop()); err != nil {
+	if err := errors.Join(err, e.s.stop()); err != nil {
 		return err
 	}
-	return w.awaitHeartbeat(ctx) // so that the maximal number of epoch objects exists
+	return e.awaitHeartbeat(ctx) // so that the maximal number of epoch objects exists
 }
 
 // env returns an empty environment. Its directory and its bucket have its name.
 func (r *runner) env(name, store string) *env {
-	w := &env{
+	e := &env{
 		ledger: &ledger{
 			Collections: map[string][]seg{},
 			Snapshots:   map[string][]seg{},
@@ -101,27 +101,27 @@ func (r *runner) env(name, store string) *env {
 		bin: r.bin, dir: filepath.Join(r.dir, name), answers: map[string]any{},
 	}
 	if store == onBucket {
-		w.buckets, w.bucket = r.buckets, name
+		e.buckets, e.bucket = r.buckets, name
 	}
-	return w
+	return e
 }
 
 // copyOf fills an empty environment with a copy of another. The files of a bucket are
 // hard links: objects are never changed in place.
-func (w *env) copyOf(ctx context.Context, base *env) error {
-	w.base, w.ledger = base, base.clone()
-	if err := os.MkdirAll(w.dir, 0o750); err != nil {
+func (e *env) copyOf(ctx context.Context, base *env) error {
+	e.base, e.ledger = base, base.clone()
+	if err := os.MkdirAll(e.dir, 0o750); err != nil {
 		return err
 	}
 	if err := copyTree(
 		ctx,
 		filepath.Join(base.dir, "data"),
-		filepath.Join(w.dir, "data"),
+		filepath.Join(e.dir, "data"),
 	); err != nil ||
-		w.buckets == nil {
+		e.buckets == nil {
 		return err
 	}
-	return copyTree(ctx, base.objects(), w.objects(), "--link")
+	return copyTree(ctx, base.objects(), e.objects(), "--link")
 }
 
 // copyTree copies a directory with the attributes that etcd and the S3 server need.
@@ -142,87 +142,87 @@ func (r *runner) run(ctx context.Context, c oneCase) (points []crash, err error)
 	defer cancel()
 	r.mu.Lock()
 	r.count++
-	w := r.env(fmt.Sprintf("case-%d", r.count), c.store)
+	e := r.env(fmt.Sprintf("case-%d", r.count), c.store)
 	r.mu.Unlock()
-	w.crashes, w.settings = []crash{c.crash}, c.s.settings
+	e.crashes, e.settings = []crash{c.crash}, c.s.settings
 	switch {
 	case c.s.empty:
-		err = errors.Join(os.MkdirAll(w.dir, 0o750), os.MkdirAll(w.objects(), 0o750))
+		err = errors.Join(os.MkdirAll(e.dir, 0o750), os.MkdirAll(e.objects(), 0o750))
 	case c.s.huge:
-		err = w.copyOf(ctx, r.bases[huge])
+		err = e.copyOf(ctx, r.bases[huge])
 	default:
-		err = w.copyOf(ctx, r.bases[c.store])
+		err = e.copyOf(ctx, r.bases[c.store])
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
-		if w.s != nil {
-			w.s.kill()
+		if e.s != nil {
+			e.s.kill()
 		}
 		if err == nil || errors.Is(err, errMissed) {
-			err = errors.Join(err, os.RemoveAll(w.dir), os.RemoveAll(w.objects()))
+			err = errors.Join(err, os.RemoveAll(e.dir), os.RemoveAll(e.objects()))
 		} else {
-			err = fmt.Errorf("%w; its data is in %s", err, w.dir)
+			err = fmt.Errorf("%w; its data is in %s", err, e.dir)
 		}
 	}()
 	if c.s.prepare != nil {
-		if err := c.s.prepare(ctx, r, w); err != nil {
+		if err := c.s.prepare(ctx, r, e); err != nil {
 			return nil, fmt.Errorf("inconclusive: prepare: %w", err)
 		}
 	}
-	if err := w.dieAt(ctx, c.crash, func(ctx context.Context) error { return c.s.op(ctx, w) }); err != nil {
+	if err := e.dieAt(ctx, c.crash, func(ctx context.Context) error { return c.s.op(ctx, e) }); err != nil {
 		return nil, err
 	}
-	w.asked++
-	how := start{reached: filepath.Join(w.dir, "reached")}
+	e.asked++
+	how := start{reached: filepath.Join(e.dir, "reached")}
 	if c.then != (crash{}) {
 		how = start{}
-		if err := w.dieAgain(ctx, c); err != nil {
+		if err := e.dieAgain(ctx, c); err != nil {
 			return nil, err
 		}
-		w.asked++
+		e.asked++
 	}
-	if err := w.start(ctx, how); err != nil {
+	if err := e.start(ctx, how); err != nil {
 		return nil, fmt.Errorf("after the crash: %w", err)
 	}
-	if err := c.s.op(ctx, w); err != nil {
+	if err := c.s.op(ctx, e); err != nil {
 		return nil, fmt.Errorf("the repeat: %w", err)
 	}
 	if c.s.after != nil {
-		c.s.after(w)
+		c.s.after(e)
 	}
-	if err := w.settle(ctx, c.s); err != nil {
+	if err := e.settle(ctx, c.s); err != nil {
 		return nil, fmt.Errorf("after the repeat: %w", err)
 	}
 	if points, err = readCrashes(how.reached); err != nil {
 		return nil, err
 	}
-	return points, w.rest(ctx, c.s)
+	return points, e.rest(ctx, c.s)
 }
 
 // rest is the end of each case.
-func (w *env) rest(ctx context.Context, s *scenario) error {
-	if err := w.checkService(ctx); err != nil {
+func (e *env) rest(ctx context.Context, s *scenario) error {
+	if err := e.checkService(ctx); err != nil {
 		return fmt.Errorf("the service is impaired: %w", err)
 	}
-	if err := w.settle(ctx, s); err != nil {
+	if err := e.settle(ctx, s); err != nil {
 		return fmt.Errorf("after further requests: %w", err)
 	}
-	if err := w.dropAll(ctx); err != nil {
+	if err := e.dropAll(ctx); err != nil {
 		return fmt.Errorf("drop everything: %w", err)
 	}
-	if err := w.settle(ctx, s); err != nil {
+	if err := e.settle(ctx, s); err != nil {
 		return fmt.Errorf("after everything was dropped: %w", err)
 	}
-	err := w.s.stop()
-	w.s = nil
+	err := e.s.stop()
+	e.s = nil
 	return err
 }
 
 // settle waits until the audit passes.
-func (w *env) settle(ctx context.Context, s *scenario) error {
-	return eventually(ctx, func(ctx context.Context) error { return errors.Join(w.collect(ctx), w.audit(ctx, s.orphans)) })
+func (e *env) settle(ctx context.Context, s *scenario) error {
+	return eventually(ctx, func(ctx context.Context) error { return errors.Join(e.collect(ctx), e.audit(ctx, s.orphans)) })
 }
 
 // readCrashes reads the points that snapshotd has reached.
@@ -254,14 +254,14 @@ func readCrashes(name string) (list []crash, err error) {
 func countsFromStart(at crash) bool { return at.Step == "bucket.abort" }
 
 // dieAt starts snapshotd, which crashes in the operation.
-func (w *env) dieAt(ctx context.Context, at crash, op func(context.Context) error) error {
-	w.armed = true
-	defer func() { w.armed = false }()
+func (e *env) dieAt(ctx context.Context, at crash, op func(context.Context) error) error {
+	e.armed = true
+	defer func() { e.armed = false }()
 	how := start{at: at.String()}
 	if strings.HasPrefix(at.Step, "bucket.") && !countsFromStart(at) {
-		how.from = filepath.Join(w.dir, fmt.Sprintf("from-%d", w.starts))
+		how.from = filepath.Join(e.dir, fmt.Sprintf("from-%d", e.starts))
 	}
-	if err := w.start(ctx, how); err != nil {
+	if err := e.start(ctx, how); err != nil {
 		return err
 	}
 	if how.from != "" {
@@ -269,40 +269,40 @@ func (w *env) dieAt(ctx context.Context, at crash, op func(context.Context) erro
 			return err
 		}
 	}
-	running, done := w.s.whileRunning(ctx)
+	running, done := e.s.whileRunning(ctx)
 	opErr := op(running)
 	done()
-	if err := w.s.crashed(ctx, crashPatience, at.String()); err != nil {
+	if err := e.s.crashed(ctx, crashPatience, at.String()); err != nil {
 		return fmt.Errorf("%w; the operation ended with: %v", err, opErr) //nolint:errorlint // for information
 	}
-	return w.s.c.Close()
+	return e.s.c.Close()
 }
 
 // dieAgain starts snapshotd, which crashes in the recovery: in the repeated operation
 // or in the work after it. It returns errMissed when no crash happens.
-func (w *env) dieAgain(ctx context.Context, c oneCase) error {
-	w.crashes, w.armed = append(w.crashes, c.then), true
-	ledger := w.ledger
-	defer func() { w.ledger, w.armed = ledger, false }()
-	if err := w.start(ctx, start{at: c.then.String()}); err != nil {
+func (e *env) dieAgain(ctx context.Context, c oneCase) error {
+	e.crashes, e.armed = append(e.crashes, c.then), true
+	ledger := e.ledger
+	defer func() { e.ledger, e.armed = ledger, false }()
+	if err := e.start(ctx, start{at: c.then.String()}); err != nil {
 		return err
 	}
-	running, done := w.s.whileRunning(ctx)
+	running, done := e.s.whileRunning(ctx)
 	defer done()
-	err := c.s.op(running, w)
+	err := c.s.op(running, e)
 	if err == nil {
-		w.ledger = ledger.clone()
+		e.ledger = ledger.clone()
 		if c.s.after != nil {
-			c.s.after(w)
+			c.s.after(e)
 		}
-		if err = w.settle(running, c.s); err == nil {
+		if err = e.settle(running, c.s); err == nil {
 			return errMissed
 		}
 	}
-	if crashed := w.s.crashed(ctx, crashPatience, c.then.String()); crashed != nil {
+	if crashed := e.s.crashed(ctx, crashPatience, c.then.String()); crashed != nil {
 		return fmt.Errorf("%w; the recovery ended with: %v", crashed, err) //nolint:errorlint // for information
 	}
-	return w.s.c.Close()
+	return e.s.c.Close()
 }
 
 // runAll runs cases concurrently and collects the pairs that they find. Cases that

@@ -400,9 +400,9 @@ func (l *ledger) copied(
 }
 
 // walk reads the whole bucket, past the proxy.
-func (r *env) walk(ctx context.Context) (map[string]stored, error) {
+func (e *env) walk(ctx context.Context) (map[string]stored, error) {
 	bucket := map[string]stored{}
-	keys, err := r.keys(ctx, "")
+	keys, err := e.keys(ctx, "")
 	if err != nil {
 		return nil, err
 	}
@@ -411,7 +411,7 @@ func (r *env) walk(ctx context.Context) (map[string]stored, error) {
 	group.SetLimit(8)
 	for i, key := range keys {
 		group.Go(func() error {
-			got, err := r.store.GetObject(ctx, &s3.GetObjectInput{Bucket: &r.bucket, Key: &key})
+			got, err := e.store.GetObject(ctx, &s3.GetObjectInput{Bucket: &e.bucket, Key: &key})
 			if err != nil {
 				if isMissing(err) {
 					return nil // deleted since it was listed
@@ -437,8 +437,8 @@ func (r *env) walk(ctx context.Context) (map[string]stored, error) {
 }
 
 // keys lists the bucket, past the proxy.
-func (r *env) keys(ctx context.Context, prefix string) (keys []string, err error) {
-	pages := s3.NewListObjectsV2Paginator(r.store, &s3.ListObjectsV2Input{Bucket: &r.bucket, Prefix: &prefix})
+func (e *env) keys(ctx context.Context, prefix string) (keys []string, err error) {
+	pages := s3.NewListObjectsV2Paginator(e.store, &s3.ListObjectsV2Input{Bucket: &e.bucket, Prefix: &prefix})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)
 		if err != nil {

@@ -70,49 +70,49 @@ type env struct {
 }
 
 // now is the time since the scenario began.
-func (r *env) now() moment { return moment(time.Since(r.begin)) }
+func (e *env) now() moment { return moment(time.Since(e.begin)) }
 
 // firedAll reports whether each of these faults was counted.
-func (r *env) firedAll(planned []string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return !slices.ContainsFunc(planned, func(what string) bool { return r.fired[what] == 0 })
+func (e *env) firedAll(planned []string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !slices.ContainsFunc(planned, func(what string) bool { return e.fired[what] == 0 })
 }
 
 // fire counts faults whose effect was observed.
-func (r *env) fire(what string, n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.fired[what] += n
+func (e *env) fire(what string, n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.fired[what] += n
 }
 
 // newEnv starts the servers and waits until each serves. Bin is snapshotd.
 func newEnv(tb testing.TB, bin, dir string, quota int64, proxied bool) *env {
 	tb.Helper()
-	r := &env{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
+	e := &env{tb: tb, dir: dir, begin: time.Now(), fired: map[string]int{}}
 	s3 := s3test.Start(tb)
 	o := s3.Bucket(tb)
-	r.store, r.bucket = s3.Client(), o.Bucket
-	r.proxy = s3fault.New(tb, s3.Endpoint())
-	r.proxy.Age(age)
-	r.proxy.OnRequest(func(a s3fault.ServerRequest) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
+	e.store, e.bucket = s3.Client(), o.Bucket
+	e.proxy = s3fault.New(tb, s3.Endpoint())
+	e.proxy.Age(age)
+	e.proxy.OnRequest(func(a s3fault.ServerRequest) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
 		for _, key := range a.Deletes {
-			r.deletions = append(r.deletions, deletion{key, r.now()})
+			e.deletions = append(e.deletions, deletion{key, e.now()})
 		}
 	})
-	r.etcd = etcdcluster.StartWithQuota(tb, quota)
+	e.etcd = etcdcluster.StartWithQuota(tb, quota)
 	host := randomHost()
-	endpoints := r.etcd.Endpoints()
+	endpoints := e.etcd.Endpoints()
 	if proxied {
 		for i, member := range endpoints {
 			p := etcdproxy.StartAt(tb, member, net.JoinHostPort(host, "0"))
-			r.members = append(r.members, p)
+			e.members = append(e.members, p)
 			endpoints[i] = p.Endpoint()
 		}
 	}
-	for i := range r.replicas {
+	for i := range e.replicas {
 		p := &replica{tb: tb, name: fmt.Sprintf("r%d", i), bin: bin}
 		var addrs []string
 		for _, member := range endpoints {
@@ -120,7 +120,7 @@ func newEnv(tb testing.TB, bin, dir string, quota int64, proxied bool) *env {
 			p.links = append(p.links, l)
 			addrs = append(addrs, fmt.Sprintf("%q", l.addr()))
 		}
-		p.store = newLink(tb, host, strings.TrimPrefix(r.proxy.URL(), "http://"))
+		p.store = newLink(tb, host, strings.TrimPrefix(e.proxy.URL(), "http://"))
 		p.listen = freeAddr(tb, host)
 		p.config, p.log = filepath.Join(dir, p.name+".yaml"), filepath.Join(dir, p.name+".log")
 		text := fmt.Sprintf(`data_dir: %s
@@ -133,7 +133,7 @@ object_stores:
     bucket: %s
     endpoint: http://%s
     path_style: true
-%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(addrs, ", "), r.bucket, p.store.addr(), settings)
+%s`, filepath.Join(dir, p.name), p.name, p.listen, strings.Join(addrs, ", "), e.bucket, p.store.addr(), settings)
 		if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
 			tb.Fatal(err)
 		}
@@ -147,38 +147,38 @@ object_stores:
 			_ = c.Close()
 		})
 		p.start(tb.Context())
-		r.replicas[i] = p
+		e.replicas[i] = p
 	}
-	for _, p := range r.replicas {
-		r.serves(tb.Context(), p)
+	for _, p := range e.replicas {
+		e.serves(tb.Context(), p)
 	}
-	return r
+	return e
 }
 
 // serves waits until a replica answers.
-func (r *env) serves(ctx context.Context, p *replica) {
-	r.tb.Helper()
-	if !r.await(ctx, func(ctx context.Context) bool {
+func (e *env) serves(ctx context.Context, p *replica) {
+	e.tb.Helper()
+	if !e.await(ctx, func(ctx context.Context) bool {
 		_, err := p.client.Admin.GetServerInfo(ctx, &snapshotdv1.GetServerInfoRequest{})
 		return err == nil
 	}) {
-		r.tb.Fatalf("%s does not serve: %s", p.name, p.tail())
+		e.tb.Fatalf("%s does not serve: %s", p.name, p.tail())
 	}
 }
 
 // leads returns the leader that any replica knows, unless it is left out, or nil when the
 // context ends first.
-func (r *env) leads(ctx context.Context, not ...*replica) *replica {
+func (e *env) leads(ctx context.Context, not ...*replica) *replica {
 	var leader *replica
-	r.await(ctx, func(ctx context.Context) bool {
-		for _, asked := range r.replicas {
+	e.await(ctx, func(ctx context.Context) bool {
+		for _, asked := range e.replicas {
 			ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
 			info, err := asked.client.Admin.GetServerInfo(ctx, &snapshotdv1.GetServerInfoRequest{})
 			cancel()
 			if err != nil {
 				continue
 			}
-			for _, p := range r.replicas {
+			for _, p := range e.replicas {
 				if p.name != info.GetLeader() {
 					continue
 				}
@@ -199,7 +199,7 @@ func (r *env) leads(ctx context.Context, not ...*replica) *replica {
 }
 
 // await polls until done returns true. It returns false after its patience.
-func (r *env) await(ctx context.Context, done func(context.Context) bool) bool {
+func (e *env) await(ctx context.Context, done func(context.Context) bool) bool {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {

@@ -194,9 +194,9 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	if s.quota != 0 {
 		quota = s.quota
 	}
-	r := newEnv(t, bin, dir, quota, s.overtakes)
+	e := newEnv(t, bin, dir, quota, s.overtakes)
 	tr := &traffic{
-		env:        r,
+		env:        e,
 		l:          newLedger(),
 		seed:       seed,
 		storeFails: s.storeFails,
@@ -237,12 +237,12 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 		t.Fatal(err)
 	}
 	until := time.Now().Add(during)
-	for ctx.Err() == nil && (time.Now().Before(until) || !r.firedAll(s.planned)) { // the harm, over and over
+	for ctx.Err() == nil && (time.Now().Before(until) || !e.firedAll(s.planned)) { // the harm, over and over
 		s.harm(ctx, tr, chance)
 		tr.round++
 		_ = wait(ctx, time.Duration(200+chance.IntN(800))*time.Millisecond)
 	}
-	r.proxy.Plan()
+	e.proxy.Plan()
 	stop()
 	if err := group.Wait(); err != nil {
 		t.Error(err)
@@ -250,9 +250,9 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 	auditor := list[workers]
 	err = auditor.settle(t.Context())
 	if n := int(tr.swept.Load()); n > 0 {
-		r.fire("swept", n)
+		e.fire("swept", n)
 	}
-	res.counts, res.fired = tr.counts, r.fired
+	res.counts, res.fired = tr.counts, e.fired
 	if err != nil {
 		t.Errorf("it does not recover: %v", err)
 		res.verdict = "BROKEN: it does not recover"
@@ -289,7 +289,7 @@ func run(t *testing.T, s scenario, seed uint64, bin string, during time.Duration
 		res.verdict = fmt.Sprintf("%s%d calls succeeded", notKnown, tr.counts[success])
 	}
 	for _, what := range s.planned {
-		if r.fired[what] == 0 {
+		if e.fired[what] == 0 {
 			res.verdict = notKnown + "did not fire: " + what
 		}
 	}

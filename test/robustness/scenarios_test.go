@@ -451,10 +451,10 @@ func loseMembers(ctx context.Context, t *traffic, chance *rand.Rand) {
 
 // deletedSince is how many deletes have reached the S3 server since a moment, but
 // for notes and probes.
-func (r *env) deletedSince(from moment) (n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, d := range r.deletions {
+func (e *env) deletedSince(from moment) (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, d := range e.deletions {
 		if d.at > from && !strings.HasPrefix(d.key, epochPrefix) && !strings.HasPrefix(d.key, probePrefix) {
 			n++
 		}

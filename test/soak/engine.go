@@ -42,8 +42,8 @@ type engine struct {
 	retained   []string // snapshots that outlive a round
 }
 
-func (e *engine) ref() *api.CollectionRef {
-	return &api.CollectionRef{Ref: &api.CollectionRef_Id{Id: e.collection}}
+func (eng *engine) ref() *api.CollectionRef {
+	return &api.CollectionRef{Ref: &api.CollectionRef_Id{Id: eng.collection}}
 }
 
 func collectionRef(name string) *api.CollectionRef {
@@ -51,8 +51,8 @@ func collectionRef(name string) *api.CollectionRef {
 }
 
 // segments returns the segments of the collection.
-func (e *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment, error) {
-	stream, err := c.Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: e.ref()})
+func (eng *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment, error) {
+	stream, err := c.Catalog.ExportSegments(ctx, &api.ExportSegmentsRequest{Collection: eng.ref()})
 	var list []*api.Segment
 	for err == nil {
 		var m *api.ExportSegmentsResponse
@@ -66,25 +66,25 @@ func (e *engine) segments(ctx context.Context, c *client.Client) ([]*api.Segment
 }
 
 // prepare creates the collection.
-func (r *env) prepare(ctx context.Context) error {
-	c := r.replicas[0].Load().client
+func (e *env) prepare(ctx context.Context) error {
+	c := e.replicas[0].Load().client
 	made, err := c.Catalog.CreateCollection(ctx, &api.CreateCollectionRequest{
 		Name: &api.CollectionName{Name: collectionName}, Roots: []*api.Root{{Prefix: prefix}},
 	})
 	if err != nil {
 		return err
 	}
-	r.engine.collection = made.GetCollection().GetId()
-	p, err := c.Catalog.CreatePartition(ctx, &api.CreatePartitionRequest{Collection: r.engine.ref(), Name: "p"})
-	r.engine.partition = p.GetPartition().GetId()
+	e.engine.collection = made.GetCollection().GetId()
+	p, err := c.Catalog.CreatePartition(ctx, &api.CreatePartitionRequest{Collection: e.engine.ref(), Name: "p"})
+	e.engine.partition = p.GetPartition().GetId()
 	return err
 }
 
 // retry repeats a call, on one replica after the other, while it fails with a
 // transient error.
-func (r *env) retry(ctx context.Context, call func(*client.Client) error) error {
+func (e *env) retry(ctx context.Context, call func(*client.Client) error) error {
 	for n := 0; ; n++ {
-		err := call(r.replicas[n%replicas].Load().client)
+		err := call(e.replicas[n%replicas].Load().client)
 		switch status.Code(err) {
 		case codes.Unavailable, codes.Aborted, codes.ResourceExhausted:
 		default:
@@ -98,13 +98,13 @@ func (r *env) retry(ctx context.Context, call func(*client.Client) error) error 
 
 // newID returns an unused id.
 func (w *worker) newID(ctx context.Context) (int64, error) {
-	e := &w.engine
-	if e.ids == e.last {
+	eng := &w.engine
+	if eng.ids == eng.last {
 		err := w.retry(ctx, func(c *client.Client) error {
 			got, err := c.Catalog.AllocateIds(ctx, &api.AllocateIdsRequest{Want: &api.AllocateIdsRequest_Count{Count: idBatch}})
 			if err == nil {
-				e.ids = got.GetIds().GetFirst()
-				e.last = e.ids + idBatch
+				eng.ids = got.GetIds().GetFirst()
+				eng.last = eng.ids + idBatch
 			}
 			return err
 		})
@@ -112,8 +112,8 @@ func (w *worker) newID(ctx context.Context) (int64, error) {
 			return 0, err
 		}
 	}
-	e.ids++
-	return e.ids - 1, nil
+	eng.ids++
+	return eng.ids - 1, nil
 }
 
 // file writes a file of a segment.
@@ -205,10 +205,10 @@ func (w *worker) write(ctx context.Context) error {
 
 // compact replaces the two oldest segments by one.
 func (w *worker) compact(ctx context.Context) error {
-	e := &w.engine
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.live) < 2 {
+	eng := &w.engine
+	eng.mu.Lock()
+	defer eng.mu.Unlock()
+	if len(eng.live) < 2 {
 		return nil
 	}
 	out, err := w.segment(ctx)
@@ -216,8 +216,8 @@ func (w *worker) compact(ctx context.Context) error {
 		return err
 	}
 	req := &api.CompactSegmentsRequest{
-		Collection:   e.ref(),
-		Inputs:       slices.Clone(e.live[:2]),
+		Collection:   eng.ref(),
+		Inputs:       slices.Clone(eng.live[:2]),
 		Outputs:      []*api.Segment{out},
 		RequestToken: client.NewRequestToken(),
 	}
@@ -226,23 +226,23 @@ func (w *worker) compact(ctx context.Context) error {
 		return err
 	})
 	if err == nil {
-		e.live = append(e.live[2:], out.GetId())
+		eng.live = append(eng.live[2:], out.GetId())
 	}
 	return err
 }
 
 // dropOldest drops the oldest segment and returns its id, or 0 without segments.
 func (w *worker) dropOldest(ctx context.Context) (int64, error) {
-	e := &w.engine
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.live) == 0 {
+	eng := &w.engine
+	eng.mu.Lock()
+	defer eng.mu.Unlock()
+	if len(eng.live) == 0 {
 		return 0, nil
 	}
-	id := e.live[0]
-	e.live = e.live[1:]
+	id := eng.live[0]
+	eng.live = eng.live[1:]
 	return id, w.retry(ctx, func(c *client.Client) error {
-		_, err := c.Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: []int64{id}})
+		_, err := c.Catalog.DropSegments(ctx, &api.DropSegmentsRequest{Collection: eng.ref(), SegmentIds: []int64{id}})
 		return err
 	})
 }
@@ -293,18 +293,18 @@ func (w *worker) reclaim(ctx context.Context) error {
 }
 
 // confirm deletes the files of the engine's grants and confirms them.
-func (r *env) confirm(ctx context.Context, c *client.Client) error {
+func (e *env) confirm(ctx context.Context, c *client.Client) error {
 	list, err := c.Reclaim.ListTombstones(
 		ctx,
-		&api.ListTombstonesRequest{Collection: r.engine.ref(), Deleter: api.Deleter_DELETER_CALLER},
+		&api.ListTombstonesRequest{Collection: e.engine.ref(), Deleter: api.Deleter_DELETER_CALLER},
 	)
 	if err != nil || len(list.GetTombstones()) == 0 {
 		return err
 	}
-	done := &api.ConfirmReclaimedRequest{Collection: r.engine.ref()}
+	done := &api.ConfirmReclaimedRequest{Collection: e.engine.ref()}
 	for _, t := range list.GetTombstones() {
 		for _, f := range t.GetFiles() {
-			if err := r.bucket.Delete(ctx, f.GetKey()); err != nil {
+			if err := e.bucket.Delete(ctx, f.GetKey()); err != nil {
 				return err
 			}
 		}
@@ -357,31 +357,31 @@ func (w *worker) collection(ctx context.Context) error {
 
 // settle reduces segments and snapshots to their number at the end of every round,
 // and waits until no work is left.
-func (r *env) settle(ctx context.Context, round int) error {
+func (e *env) settle(ctx context.Context, round int) error {
 	ctx, cancel := context.WithTimeout(ctx, idleTimeout)
 	defer cancel()
-	e := &r.engine
-	err := r.retry(ctx, func(c *client.Client) error {
-		list, err := e.segments(ctx, c)
+	eng := &e.engine
+	err := e.retry(ctx, func(c *client.Client) error {
+		list, err := eng.segments(ctx, c)
 		if err != nil {
 			return err
 		}
-		e.live = nil
+		eng.live = nil
 		for _, s := range list {
-			if s.GetPartitionId() == e.partition {
-				e.live = append(e.live, s.GetId())
+			if s.GetPartitionId() == eng.partition {
+				eng.live = append(eng.live, s.GetId())
 			}
 		}
-		slices.Sort(e.live)
-		if len(e.live) <= liveSegments {
+		slices.Sort(eng.live)
+		if len(eng.live) <= liveSegments {
 			return nil
 		}
 		_, err = c.Catalog.DropSegments(
 			ctx,
-			&api.DropSegmentsRequest{Collection: e.ref(), SegmentIds: e.live[:len(e.live)-liveSegments]},
+			&api.DropSegmentsRequest{Collection: eng.ref(), SegmentIds: eng.live[:len(eng.live)-liveSegments]},
 		)
 		if err == nil {
-			e.live = e.live[len(e.live)-liveSegments:]
+			eng.live = eng.live[len(eng.live)-liveSegments:]
 		}
 		return err
 	})
@@ -389,41 +389,41 @@ func (r *env) settle(ctx context.Context, round int) error {
 		return err
 	}
 	// Replaced files are deleted before the snapshot: it would hold some of them.
-	e.retained = e.retained[max(len(e.retained)-maxRetained+1, 0):]
-	if err := r.waitIdle(ctx, 0); err != nil {
+	eng.retained = eng.retained[max(len(eng.retained)-maxRetained+1, 0):]
+	if err := e.waitIdle(ctx, 0); err != nil {
 		return err
 	}
 	name := fmt.Sprintf("retained-%d", round)
-	req := &api.CreateSnapshotRequest{Collection: e.ref(), Name: name, RequestToken: client.NewRequestToken()}
-	if err := r.retry(ctx, func(c *client.Client) error {
+	req := &api.CreateSnapshotRequest{Collection: eng.ref(), Name: name, RequestToken: client.NewRequestToken()}
+	if err := e.retry(ctx, func(c *client.Client) error {
 		_, err := c.Snapshots.CreateSnapshot(ctx, req)
 		return err
 	}); err != nil {
 		return err
 	}
-	e.retained = append(e.retained, name)
-	return r.waitIdle(ctx, stableFor)
+	eng.retained = append(eng.retained, name)
+	return e.waitIdle(ctx, stableFor)
 }
 
 // waitIdle waits until no work is left and the counts are stable for a time.
-func (r *env) waitIdle(ctx context.Context, stable time.Duration) error {
+func (e *env) waitIdle(ctx context.Context, stable time.Duration) error {
 	var last stored
 	var objects int
 	since := time.Now()
 	for {
 		var busy string
-		err := r.retry(ctx, func(c *client.Client) (err error) {
-			busy, err = r.pendingWork(ctx, c)
+		err := e.retry(ctx, func(c *client.Client) (err error) {
+			busy, err = e.pendingWork(ctx, c)
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("check for pending work: %w", err)
 		}
-		now, err := r.count(ctx)
+		now, err := e.count(ctx)
 		if err != nil {
 			return err
 		}
-		found, _, err := r.countObjects()
+		found, _, err := e.countObjects()
 		if err != nil {
 			return err
 		}
@@ -442,24 +442,24 @@ func (r *env) waitIdle(ctx context.Context, stable time.Duration) error {
 
 // pendingWork drops the remains of the load and returns a description of the
 // pending work, or an empty string.
-func (r *env) pendingWork(ctx context.Context, c *client.Client) (string, error) {
+func (e *env) pendingWork(ctx context.Context, c *client.Client) (string, error) {
 	jobs, err := c.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{
 		States: []api.RestoreJob_State{api.RestoreJob_STATE_PENDING, api.RestoreJob_STATE_EXECUTING},
 	})
 	if err != nil || len(jobs.GetJobs()) > 0 {
 		return fmt.Sprintf("%d restores", len(jobs.GetJobs())), err
 	}
-	if left, err := r.dropTemporary(ctx, c); err != nil || left != "" {
+	if left, err := e.dropTemporary(ctx, c); err != nil || left != "" {
 		return left, err
 	}
-	if err := r.confirm(ctx, c); err != nil {
+	if err := e.confirm(ctx, c); err != nil {
 		return "", err
 	}
 	pins, err := c.Snapshots.ListPins(ctx, &api.ListPinsRequest{})
 	if err != nil || len(pins.GetPins()) > 0 {
 		return fmt.Sprintf("pins %v", pins.GetPins()), err
 	}
-	workers, err := r.workers(ctx)
+	workers, err := e.workers(ctx)
 	if err != nil || workers != replicas {
 		return fmt.Sprintf("%d workers", workers), err
 	}
@@ -481,7 +481,7 @@ func (r *env) pendingWork(ctx context.Context, c *client.Client) (string, error)
 
 // dropTemporary drops everything except what outlives a round, and returns a
 // description of the dropped objects that still exist.
-func (r *env) dropTemporary(ctx context.Context, c *client.Client) (string, error) {
+func (e *env) dropTemporary(ctx context.Context, c *client.Client) (string, error) {
 	var left []string
 	collections, err := c.Catalog.ListCollections(ctx, &api.ListCollectionsRequest{States: []api.Collection_State{
 		api.Collection_STATE_ACTIVE, api.Collection_STATE_RESTORING, api.Collection_STATE_DROPPING,
@@ -501,19 +501,19 @@ func (r *env) dropTemporary(ctx context.Context, c *client.Client) (string, erro
 			}
 		}
 	}
-	partitions, err := c.Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: r.engine.ref()})
+	partitions, err := c.Catalog.ListPartitions(ctx, &api.ListPartitionsRequest{Collection: e.engine.ref()})
 	if err != nil {
 		return "", err
 	}
 	for _, p := range partitions.GetPartitions() {
-		if p.GetId() == r.engine.partition {
+		if p.GetId() == e.engine.partition {
 			continue
 		}
 		left = append(left, "partition "+p.GetName())
 		if p.GetState() == api.Partition_STATE_ACTIVE {
 			if _, err := c.Catalog.DropPartition(
 				ctx,
-				&api.DropPartitionRequest{Collection: r.engine.ref(), Name: p.GetName()},
+				&api.DropPartitionRequest{Collection: e.engine.ref(), Name: p.GetName()},
 			); err != nil {
 				return "", err
 			}
@@ -529,7 +529,7 @@ func (r *env) dropTemporary(ctx context.Context, c *client.Client) (string, erro
 		return "", err
 	}
 	for _, s := range snapshots.GetSnapshots() {
-		if slices.Contains(r.engine.retained, s.GetName()) {
+		if slices.Contains(e.engine.retained, s.GetName()) {
 			continue
 		}
 		left = append(left, fmt.Sprintf("snapshot %s, %v", s.GetName(), s.GetState()))

@@ -65,21 +65,21 @@ var operations = []struct {
 }
 
 // load runs the operations of a round. With fail the leader fails in the middle.
-func (r *env) load(ctx context.Context, round int, fail bool) error {
+func (e *env) load(ctx context.Context, round int, fail bool) error {
 	var list []int // indexes of operations
 	for i, t := range operations {
 		for range t.times {
 			list = append(list, i)
 		}
 	}
-	chance := rand.New(rand.NewPCG(r.seed, uint64(round))) //nolint:gosec // of a load
+	chance := rand.New(rand.NewPCG(e.seed, uint64(round))) //nolint:gosec // of a load
 	chance.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
 	var group, streams sync.WaitGroup
-	for i := range r.replicas { // as long as the round
-		events := r.replicas[i].Load().client.Events
+	for i := range e.replicas { // as long as the round
+		events := e.replicas[i].Load().client.Events
 		streams.Go(func() {
 			_ = client.WatchEvents(
 				watching,
@@ -99,10 +99,10 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 		case <-ctx.Done():
 		}
 		if fail && n == len(list)/2 {
-			group.Go(func() { failed = r.failOver(ctx) })
+			group.Go(func() { failed = e.failOver(ctx) })
 		}
 		w := &worker{
-			env: r, Client: r.replicas[chance.IntN(replicas)].Load().client, name: fmt.Sprintf("n%d_%d", round, n),
+			env: e, Client: e.replicas[chance.IntN(replicas)].Load().client, name: fmt.Sprintf("n%d_%d", round, n),
 			rand: rand.New(rand.NewPCG(chance.Uint64(), 0)), //nolint:gosec // of a load
 		}
 		slots <- struct{}{}
@@ -110,7 +110,7 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 			defer func() { <-slots }()
 			each, cancel := context.WithTimeout(ctx, callTimeout)
 			defer cancel()
-			r.countCall(operations[i].name, operations[i].do(w, each))
+			e.countCall(operations[i].name, operations[i].do(w, each))
 		})
 	}
 	group.Wait()
@@ -120,7 +120,7 @@ func (r *env) load(ctx context.Context, round int, fail bool) error {
 }
 
 // countCall counts the outcome of an operation.
-func (r *env) countCall(operation string, err error) {
+func (e *env) countCall(operation string, err error) {
 	outcome := "done"
 	code := status.Code(err)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -129,24 +129,24 @@ func (r *env) countCall(operation string, err error) {
 	if err != nil {
 		outcome = strings.TrimSpace(code.String() + " " + client.Reason(err))
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.calls[operation+": "+outcome]++
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.calls[operation+": "+outcome]++
 	switch code {
 	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented, codes.InvalidArgument:
-		r.unexpected = append(r.unexpected, operation+": "+err.Error())
+		e.unexpected = append(e.unexpected, operation+": "+err.Error())
 	default:
 	}
 }
 
 // retained returns a random snapshot that outlives a round.
-func (r *env) retained(chance *rand.Rand) *api.SnapshotRef {
-	r.engine.mu.Lock()
-	defer r.engine.mu.Unlock()
-	if len(r.engine.retained) == 0 {
+func (e *env) retained(chance *rand.Rand) *api.SnapshotRef {
+	e.engine.mu.Lock()
+	defer e.engine.mu.Unlock()
+	if len(e.engine.retained) == 0 {
 		return named("none-yet")
 	}
-	return named(r.engine.retained[chance.IntN(len(r.engine.retained))])
+	return named(e.engine.retained[chance.IntN(len(e.engine.retained))])
 }
 
 func named(name string) *api.SnapshotRef {

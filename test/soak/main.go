@@ -149,30 +149,30 @@ type replica struct {
 	peak   atomic.Int64 // of its memory since the last sample
 }
 
-func (r *env) logf(format string, args ...any) {
-	fmt.Fprintf(r.log, "%6.1fs  %s\n", time.Since(r.began).Seconds(), fmt.Sprintf(format, args...))
+func (e *env) logf(format string, args ...any) {
+	fmt.Fprintf(e.log, "%6.1fs  %s\n", time.Since(e.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
 func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, err error) {
 	bound := o.length + grace
 	ctx, cancel := context.WithTimeoutCause(ctx, bound, fmt.Errorf("the run exceeded %v", bound))
 	defer cancel()
-	r := &env{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
+	e := &env{options: o, log: stderr, began: time.Now(), calls: map[string]int{}}
 	for _, d := range []struct {
 		in string
 		to *string
-	}{{o.dir, &r.root}, {o.objects, &r.store}} {
+	}{{o.dir, &e.root}, {o.objects, &e.store}} {
 		if *d.to, err = os.MkdirTemp(d.in, "soak-"); err != nil {
 			return 0, err
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(*d.to)) }()
 	}
-	r.logf("seed %d", o.seed)
-	samples, err := r.rounds(ctx)
+	e.logf("seed %d", o.seed)
+	samples, err := e.rounds(ctx)
 	if err != nil {
 		return 0, errors.Join(context.Cause(ctx), err)
 	}
-	code, err = r.report(samples).Finish(stdout, o.output, true)
+	code, err = e.report(samples).Finish(stdout, o.output, true)
 	if o.short && code == bench.ExitInconclusive {
 		code = 0
 	}
@@ -180,89 +180,89 @@ func run(ctx context.Context, o *options, stdout, stderr io.Writer) (code int, e
 }
 
 // rounds starts the servers and runs rounds.
-func (r *env) rounds(ctx context.Context) (samples []*sample, err error) {
-	e, endpoint, err := bench.StartEtcd(ctx, r.etcdBin, r.root)
+func (e *env) rounds(ctx context.Context) (samples []*sample, err error) {
+	process, endpoint, err := bench.StartEtcd(ctx, e.etcdBin, e.root)
 	if err != nil {
 		return nil, err
 	}
-	defer e.Stop()
-	r.etcdAt = endpoint
-	if r.kv, err = etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: bench.EtcdRoot}); err != nil {
+	defer process.Stop()
+	e.etcdAt = endpoint
+	if e.kv, err = etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: bench.EtcdRoot}); err != nil {
 		return nil, err
 	}
-	defer func() { _ = r.kv.Close() }()
-	gateway, addr, err := bench.StartS3(ctx, r.s3Bin, r.store, bench.Bucket)
+	defer func() { _ = e.kv.Close() }()
+	gateway, addr, err := bench.StartS3(ctx, e.s3Bin, e.store, bench.Bucket)
 	if err != nil {
 		return nil, err
 	}
 	defer gateway.Stop()
-	r.s3At = addr
-	if r.bucket, err = s3.Open(ctx, s3.Options{
+	e.s3At = addr
+	if e.bucket, err = s3.Open(ctx, s3.Options{
 		Bucket: bench.Bucket, Endpoint: "http://" + addr, PathStyle: true,
 		AccessKeyID: bench.AccessKeyID, SecretAccessKey: bench.SecretAccessKey,
 	}); err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, r.stopAll()) }()
-	for i := range r.replicas {
-		if err := r.start(ctx, i); err != nil {
+	defer func() { err = errors.Join(err, e.stopAll()) }()
+	for i := range e.replicas {
+		if err := e.start(ctx, i); err != nil {
 			return nil, err
 		}
 	}
-	if err := r.prepare(ctx); err != nil {
+	if err := e.prepare(ctx); err != nil {
 		return nil, fmt.Errorf("prepare: %w", err)
 	}
 	watching, stop := context.WithCancel(ctx)
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer stop()
-	group.Go(func() { r.watchMemory(watching) })
+	group.Go(func() { e.watchMemory(watching) })
 
-	for n, longest := 0, time.Duration(0); time.Since(r.began)+longest < r.length; n++ {
+	for n, longest := 0, time.Duration(0); time.Since(e.began)+longest < e.length; n++ {
 		begin := time.Now()
-		s, err := r.round(ctx, n)
+		s, err := e.round(ctx, n)
 		if err != nil {
 			return samples, fmt.Errorf("round %d: %w", n, err)
 		}
 		samples = append(samples, s)
 		longest = max(longest, time.Since(begin))
-		r.logf("%s", strings.Join(row(s), "  "))
+		e.logf("%s", strings.Join(row(s), "  "))
 	}
 	return samples, nil
 }
 
 // round runs one round and takes its sample.
-func (r *env) round(ctx context.Context, n int) (*sample, error) {
+func (e *env) round(ctx context.Context, n int) (*sample, error) {
 	s := &sample{round: n, failed: n%failEvery == failEvery-1}
-	r.now = n
+	e.now = n
 	begin := time.Now()
-	if err := r.load(ctx, n, s.failed); err != nil {
+	if err := e.load(ctx, n, s.failed); err != nil {
 		return nil, err
 	}
 	s.load = time.Since(begin)
-	if err := r.settle(ctx, n); err != nil {
+	if err := e.settle(ctx, n); err != nil {
 		return nil, err
 	}
 	s.idle = time.Since(begin) - s.load
-	return s, r.sample(ctx, s)
+	return s, e.sample(ctx, s)
 }
 
 // start starts replica i, and waits until it serves.
-func (r *env) start(ctx context.Context, i int) error {
-	r.starts++
-	p := &replica{name: fmt.Sprintf("r%d.%d", i, r.starts), born: r.now}
-	dir := filepath.Join(r.root, p.name)
+func (e *env) start(ctx context.Context, i int) error {
+	e.starts++
+	p := &replica{name: fmt.Sprintf("r%d.%d", i, e.starts), born: e.now}
+	dir := filepath.Join(e.root, p.name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
 	var err error
 	if p.server, err = bench.StartSnapshotd(
 		ctx,
-		r.snapshotd,
+		e.snapshotd,
 		dir,
-		r.etcdAt,
+		e.etcdAt,
 		bench.EtcdRoot,
-		bench.OnS3(r.s3At)+fmt.Sprintf(settings, p.name),
+		bench.OnS3(e.s3At)+fmt.Sprintf(settings, p.name),
 	); err != nil {
 		return err
 	}
@@ -270,7 +270,7 @@ func (r *env) start(ctx context.Context, i int) error {
 		p.server.Stop()
 		return err
 	}
-	if old := r.replicas[i].Swap(p); old != nil {
+	if old := e.replicas[i].Swap(p); old != nil {
 		_ = old.client.Close()
 	}
 	return p.server.WaitServing(ctx)
@@ -278,34 +278,34 @@ func (r *env) start(ctx context.Context, i int) error {
 
 // failOver kills and restarts the leader. The first replica lives as long as the
 // run: as leader it is frozen until another replica leads.
-func (r *env) failOver(ctx context.Context) error {
-	leader, err := r.leader(ctx, "")
+func (e *env) failOver(ctx context.Context) error {
+	leader, err := e.leader(ctx, "")
 	if err != nil {
 		return err
 	}
-	first := r.replicas[0].Load()
+	first := e.replicas[0].Load()
 	if first.name == leader {
 		if err := syscall.Kill(first.server.Pid(), syscall.SIGSTOP); err != nil {
 			return err
 		}
-		_, err = r.leader(ctx, leader)
+		_, err = e.leader(ctx, leader)
 		return errors.Join(err, syscall.Kill(first.server.Pid(), syscall.SIGCONT))
 	}
-	for i := range r.replicas {
-		if p := r.replicas[i].Load(); p.name == leader {
+	for i := range e.replicas {
+		if p := e.replicas[i].Load(); p.name == leader {
 			p.server.Kill()
 			p.server.Stop() // waits for its end
-			return r.start(ctx, i)
+			return e.start(ctx, i)
 		}
 	}
 	return fmt.Errorf("the leader %s is not one of the replicas", leader)
 }
 
 // stopAll stops the replicas and returns an error for each that has died before.
-func (r *env) stopAll() error {
+func (e *env) stopAll() error {
 	var errs []error
-	for i := range r.replicas {
-		p := r.replicas[i].Load()
+	for i := range e.replicas {
+		p := e.replicas[i].Load()
 		if p == nil {
 			continue
 		}

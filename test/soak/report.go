@@ -24,12 +24,12 @@ const (
 )
 
 // report judges the samples.
-func (r *env) report(samples []*sample) *bench.Report {
+func (e *env) report(samples []*sample) *bench.Report {
 	counted := samples[len(samples)/3:]
 	rep := &bench.Report{Name: "soak", Facts: []string{
 		fmt.Sprintf("Commit %s, %s, %s.", bench.Commit(), bench.Today(), bench.Machine()),
 		fmt.Sprintf("Seed %d; %d rounds in %v, of which the last %d count; load average %s after.",
-			r.seed, len(samples), time.Since(r.began).Round(time.Second), len(counted), bench.LoadText()),
+			e.seed, len(samples), time.Since(e.began).Round(time.Second), len(counted), bench.LoadText()),
 		"Samples are taken in idle state. Goroutines and files exclude those of pooled connections to the object store " +
 			"and of the sampling; heaps are measured after a garbage collection.",
 	}}
@@ -50,8 +50,8 @@ func (r *env) report(samples []*sample) *bench.Report {
 		rounds.Add(row(s)...)
 	}
 	calls := bench.Table{Title: "Load", Head: []string{"operation and outcome", "times"}}
-	for _, name := range slices.Sorted(maps.Keys(r.calls)) {
-		calls.Add(name, fmt.Sprint(r.calls[name]))
+	for _, name := range slices.Sorted(maps.Keys(e.calls)) {
+		calls.Add(name, fmt.Sprint(e.calls[name]))
 	}
 	rep.Tables = []bench.Table{rounds, calls}
 
@@ -91,12 +91,12 @@ func (r *env) report(samples []*sample) *bench.Report {
 			pointsOf(counted, func(s *sample) float64 { return float64(s.database - int64(s.stored.tokens*bytesOfToken)) })),
 		judge(same("objects"), pointsOf(counted, func(s *sample) float64 { return float64(s.objects) })),
 		maximum("unfinished uploads", 0, number, pointsOf(counted, func(s *sample) float64 { return float64(s.uploads) })),
-		{What: "unexpected errors", Want: "0", Got: fmt.Sprint(len(r.unexpected)), OK: len(r.unexpected) == 0},
+		{What: "unexpected errors", Want: "0", Got: fmt.Sprint(len(e.unexpected)), OK: len(e.unexpected) == 0},
 	}
 	if _, missed, _ := rep.Count(); missed > 0 && len(counted) > 1 {
 		evidence := bench.Table{Title: "Evidence", Head: []string{"growth and errors"}}
 		for _, line := range slices.Concat(grownGoroutines(counted), grownStacks(counted[1].stored.classes,
-			counted[len(counted)-1].stored.classes), r.unexpected[:min(len(r.unexpected), 20)]) {
+			counted[len(counted)-1].stored.classes), e.unexpected[:min(len(e.unexpected), 20)]) {
 			evidence.Add(line)
 		}
 		rep.Tables = append(rep.Tables, evidence)
@@ -139,10 +139,10 @@ func row(s *sample) []string {
 }
 
 // leader waits for a leader other than not and returns its name.
-func (r *env) leader(ctx context.Context, not string) (string, error) {
+func (e *env) leader(ctx context.Context, not string) (string, error) {
 	for n := 0; ; n++ {
 		each, cancel := context.WithTimeout(ctx, time.Second) // one may be frozen
-		info, err := r.replicas[n%replicas].Load().client.Admin.GetServerInfo(each, &api.GetServerInfoRequest{})
+		info, err := e.replicas[n%replicas].Load().client.Admin.GetServerInfo(each, &api.GetServerInfoRequest{})
 		cancel()
 		if name := info.GetLeader(); err == nil && name != "" && name != not {
 			return name, nil

@@ -60,24 +60,24 @@ type state struct {
 }
 
 // sample reads the values of a sample in idle state.
-func (r *env) sample(ctx context.Context, s *sample) (err error) {
-	if s.database, err = bench.Defragment(ctx, r.etcdAt); err != nil {
+func (e *env) sample(ctx context.Context, s *sample) (err error) {
+	if s.database, err = bench.Defragment(ctx, e.etcdAt); err != nil {
 		return err
 	}
-	if s.stored, err = r.count(ctx); err != nil {
+	if s.stored, err = e.count(ctx); err != nil {
 		return err
 	}
-	if s.objects, s.uploads, err = r.countObjects(); err != nil {
+	if s.objects, s.uploads, err = e.countObjects(); err != nil {
 		return err
 	}
-	if s.overdue, err = r.overdueJobs(ctx); err != nil {
+	if s.overdue, err = e.overdueJobs(ctx); err != nil {
 		return err
 	}
-	s.replicas = make([]*state, len(r.replicas))
+	s.replicas = make([]*state, len(e.replicas))
 	group, ctx := errgroup.WithContext(ctx)
-	for i := range r.replicas {
+	for i := range e.replicas {
 		group.Go(func() (err error) {
-			p := r.replicas[i].Load()
+			p := e.replicas[i].Load()
 			s.replicas[i], err = p.read(ctx)
 			if err == nil {
 				s.replicas[i].age = s.round - p.born
@@ -97,12 +97,12 @@ const (
 )
 
 // count counts the keys and leases in etcd.
-func (r *env) count(ctx context.Context) (n stored, err error) {
+func (e *env) count(ctx context.Context) (n stored, err error) {
 	n.classes = map[string]int{}
 	from, to := keys.All()
 	jobs := map[string]bool{}
 	var ofJobs []string // other keys of jobs
-	_, err = r.kv.Scan(ctx, from, to, 0, func(kvs []meta.KeyValue) error {
+	_, err = e.kv.Scan(ctx, from, to, 0, func(kvs []meta.KeyValue) error {
 		for _, kv := range kvs {
 			switch {
 			case strings.HasPrefix(kv.Key, "/request/"):
@@ -132,7 +132,7 @@ func (r *env) count(ctx context.Context) (n stored, err error) {
 			n.orphaned++
 		}
 	}
-	err = bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
+	err = bench.WithEtcd(e.etcdAt, func(cli *clientv3.Client) error {
 		list, err := cli.Leases(ctx)
 		if err != nil {
 			return err
@@ -152,8 +152,8 @@ func (r *env) count(ctx context.Context) (n stored, err error) {
 }
 
 // overdueJobs counts the restores past their removal time.
-func (r *env) overdueJobs(ctx context.Context) (n int, err error) {
-	list, err := r.replicas[0].Load().client.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{PageSize: 1000})
+func (e *env) overdueJobs(ctx context.Context) (n int, err error) {
+	list, err := e.replicas[0].Load().client.Snapshots.ListRestoreJobs(ctx, &api.ListRestoreJobsRequest{PageSize: 1000})
 	for _, job := range list.GetJobs() {
 		if end := job.GetEndTime(); end != nil && time.Since(end.AsTime()) > jobsGone {
 			n++
@@ -166,8 +166,8 @@ func (r *env) overdueJobs(ctx context.Context) (n int, err error) {
 const uploadDir = ".sgwtmp"
 
 // countObjects counts the files that versitygw serves.
-func (r *env) countObjects() (objects, uploads int, err error) {
-	err = filepath.WalkDir(filepath.Join(r.store, "s3", bench.Bucket), func(path string, e fs.DirEntry, err error) error {
+func (e *env) countObjects() (objects, uploads int, err error) {
+	err = filepath.WalkDir(filepath.Join(e.store, "s3", bench.Bucket), func(path string, e fs.DirEntry, err error) error {
 		switch {
 		case errors.Is(err, fs.ErrNotExist): // deleted meanwhile
 			return nil
@@ -273,10 +273,10 @@ func (p *replica) readOnce(ctx context.Context) (*state, error) {
 }
 
 // watchMemory records the maximum memory of each replica until ctx ends.
-func (r *env) watchMemory(ctx context.Context) {
+func (e *env) watchMemory(ctx context.Context) {
 	for bench.Wait(ctx, peakInterval) == nil {
-		for i := range r.replicas {
-			p := r.replicas[i].Load()
+		for i := range e.replicas {
+			p := e.replicas[i].Load()
 			text, err := bench.Get(ctx, "http://"+p.server.Metrics+"/metrics")
 			if err != nil {
 				continue // the replica was killed, or ctx has ended
@@ -289,9 +289,9 @@ func (r *env) watchMemory(ctx context.Context) {
 }
 
 // workers counts the replicas that work on restores.
-func (r *env) workers(ctx context.Context) (int64, error) {
+func (e *env) workers(ctx context.Context) (int64, error) {
 	from, to := meta.Prefix(keys.WorkerPrefix)
-	got, err := r.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true})
+	got, err := e.kv.Range(ctx, meta.Range{From: from, To: to, KeysOnly: true})
 	return got.Count, err
 }
 

@@ -121,49 +121,49 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
 	return bench.Measure(ctx, &o.Options, "bench-create", medians, func(ctx context.Context, run *bench.Run) error {
-		r := &env{options: o, Run: run}
-		stop, err := r.start(ctx, run.Root)
+		e := &env{options: o, Run: run}
+		stop, err := e.start(ctx, run.Root)
 		defer stop()
 		if err != nil {
 			return err
 		}
-		if err := r.measure(ctx); err != nil {
+		if err := e.measure(ctx); err != nil {
 			return err
 		}
-		r.judge()
+		e.judge()
 		return nil
 	})
 }
 
-func (r *env) measure(ctx context.Context) error {
+func (e *env) measure(ctx context.Context) error {
 	var largest *collection
-	for _, n := range r.sizes {
-		if !r.Selected(partRegister) {
+	for _, n := range e.sizes {
+		if !e.Selected(partRegister) {
 			break
 		}
-		col, err := r.register(ctx, n)
+		col, err := e.register(ctx, n)
 		if err != nil {
 			return fmt.Errorf("register %d segments: %w", n, err)
 		}
 		largest = &col
-		if r.Selected(partCreate) {
-			if err := r.create(ctx, n, col); err != nil {
+		if e.Selected(partCreate) {
+			if err := e.create(ctx, n, col); err != nil {
 				return fmt.Errorf("create of %d segments: %w", n, err)
 			}
 		}
 	}
 	if largest != nil {
-		if err := r.compacted(ctx); err != nil {
+		if err := e.compacted(ctx); err != nil {
 			return err
 		}
 	}
-	if r.Selected(partRead) {
-		if err := r.read(ctx); err != nil {
+	if e.Selected(partRead) {
+		if err := e.read(ctx); err != nil {
 			return fmt.Errorf("read: %w", err)
 		}
 	}
-	if r.Selected(partClients) {
-		if err := r.many(ctx); err != nil {
+	if e.Selected(partClients) {
+		if err := e.many(ctx); err != nil {
 			return fmt.Errorf("clients: %w", err)
 		}
 	}
@@ -172,64 +172,64 @@ func (r *env) measure(ctx context.Context) error {
 
 // judge marks the bars for time as inconclusive if the floor was unsteady or had too
 // few rounds.
-func (r *env) judge() {
+func (e *env) judge() {
 	why := ""
 	switch {
-	case len(r.floors) == 0:
+	case len(e.floors) == 0:
 		why = "no floor was measured"
-	case r.Rounds < bench.MinRounds:
+	case e.Rounds < bench.MinRounds:
 		why = fmt.Sprintf("fewer than %d rounds", bench.MinRounds)
-	case slices.Max(r.floors) > bench.MaxSpread:
-		why = fmt.Sprintf("floor spread %.0f %%", slices.Max(r.floors)*100)
+	case slices.Max(e.floors) > bench.MaxSpread:
+		why = fmt.Sprintf("floor spread %.0f %%", slices.Max(e.floors)*100)
 	}
-	for i := range r.Report.Bars {
-		if b := &r.Report.Bars[i]; b.Timed {
+	for i := range e.Report.Bars {
+		if b := &e.Report.Bars[i]; b.Timed {
 			b.Noise = why
 		}
 	}
 }
 
 // start starts the servers. Stop stops the started ones, also after an error.
-func (r *env) start(ctx context.Context, dir string) (stop func(), err error) {
+func (e *env) start(ctx context.Context, dir string) (stop func(), err error) {
 	var ends []func()
 	stop = func() {
 		for _, end := range slices.Backward(ends) {
 			end()
 		}
 	}
-	etcd, endpoint, err := bench.StartEtcd(ctx, r.Etcd, dir)
+	etcd, endpoint, err := bench.StartEtcd(ctx, e.Etcd, dir)
 	if err != nil {
 		return stop, err
 	}
 	ends = append(ends, etcd.Stop)
-	r.etcdAt = endpoint
-	s3, addr, err := bench.StartS3(ctx, r.S3, dir, bucket)
+	e.etcdAt = endpoint
+	s3, addr, err := bench.StartS3(ctx, e.S3, dir, bucket)
 	if err != nil {
 		return stop, err
 	}
 	ends = append(ends, s3.Stop)
-	if r.proxy, err = bench.StartProxy(ctx, addr); err != nil {
+	if e.proxy, err = bench.StartProxy(ctx, addr); err != nil {
 		return stop, err
 	}
-	ends = append(ends, r.proxy.Close)
-	if r.worker, err = startWorker(ctx, dir, endpoint, r.proxy.Addr); err != nil {
+	ends = append(ends, e.proxy.Close)
+	if e.worker, err = startWorker(ctx, dir, endpoint, e.proxy.Addr); err != nil {
 		return stop, err
 	}
-	ends = append(ends, r.worker.process.Stop)
-	settings := bench.OnS3(r.proxy.Addr)
-	if r.maxCreates > 0 {
-		settings += fmt.Sprintf("max_creates: %d\n", r.maxCreates)
+	ends = append(ends, e.worker.process.Stop)
+	settings := bench.OnS3(e.proxy.Addr)
+	if e.maxCreates > 0 {
+		settings += fmt.Sprintf("max_creates: %d\n", e.maxCreates)
 	}
-	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
+	if e.server, err = bench.StartSnapshotd(ctx, e.Snapshotd, dir, endpoint, etcdRoot, settings); err != nil {
 		return stop, err
 	}
-	ends = append(ends, r.server.Stop)
-	if err = r.server.WaitServing(ctx); err != nil {
+	ends = append(ends, e.server.Stop)
+	if err = e.server.WaitServing(ctx); err != nil {
 		return stop, err
 	}
-	if r.client, err = client.Dial(r.server.Listen, client.Options{}); err != nil {
+	if e.client, err = client.Dial(e.server.Listen, client.Options{}); err != nil {
 		return stop, err
 	}
-	ends = append(ends, func() { _ = r.client.Close() })
+	ends = append(ends, func() { _ = e.client.Close() })
 	return stop, nil
 }

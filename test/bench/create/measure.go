@@ -50,9 +50,9 @@ const (
 	tableClients
 )
 
-func (r *env) table(i int) *bench.Table {
-	if r.Report.Tables == nil {
-		r.Report.Tables = []bench.Table{
+func (e *env) table(i int) *bench.Table {
+	if e.Report.Tables == nil {
+		e.Report.Tables = []bench.Table{
 			{Title: "Registration", Head: []string{"segments", "time", "segments/s", "database in use, bytes/segment", "load"}},
 			{
 				Title: "Create",
@@ -91,26 +91,26 @@ func (r *env) table(i int) *bench.Table {
 			},
 		}
 	}
-	return &r.Report.Tables[i]
+	return &e.Report.Tables[i]
 }
 
 // timed adds a bar that depends on the load of the machine.
-func (r *env) timed(what, want, got string, ok bool) {
-	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
+func (e *env) timed(what, want, got string, ok bool) {
+	e.Report.Bars = append(e.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that does not depend on it.
-func (r *env) counted(what, want, got string, ok bool) {
-	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+func (e *env) counted(what, want, got string, ok bool) {
+	e.Report.Bars = append(e.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
+func (e *env) inUse(ctx context.Context) (bytes int64, err error) {
 	// A transaction counts once etcd has written it, at the latest 100 ms after.
 	if err := bench.Wait(ctx, 300*time.Millisecond); err != nil {
 		return 0, err
 	}
-	err = bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
-		st, err := cli.Status(ctx, r.etcdAt)
+	err = bench.WithEtcd(e.etcdAt, func(cli *clientv3.Client) error {
+		st, err := cli.Status(ctx, e.etcdAt)
 		if err == nil {
 			bytes = st.DbSizeInUse
 		}
@@ -121,32 +121,32 @@ func (r *env) inUse(ctx context.Context) (bytes int64, err error) {
 
 // register registers n segments in a new collection, in each round, and returns
 // the last.
-func (r *env) register(ctx context.Context, n int) (collection, error) {
+func (e *env) register(ctx context.Context, n int) (collection, error) {
 	var times, sizes []float64
 	var col collection
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		var took, size float64
 		var err error
-		if col, took, size, err = r.registerOnce(ctx, n); err != nil {
+		if col, took, size, err = e.registerOnce(ctx, n); err != nil {
 			return col, err
 		}
-		r.Logf("registered %d segments in %s", n, bench.Time(took))
+		e.Logf("registered %d segments in %s", n, bench.Time(took))
 		if round > 0 {
 			times, sizes = append(times, took), append(sizes, size)
 		}
 	}
-	if r.profile != "" && n == slices.Max(r.sizes) {
-		if err := r.profiles(
+	if e.profile != "" && n == slices.Max(e.sizes) {
+		if err := e.profiles(
 			ctx,
 			"register",
-			func() error { _, _, _, err := r.registerOnce(ctx, n); return err },
+			func() error { _, _, _, err := e.registerOnce(ctx, n); return err },
 		); err != nil {
 			return col, err
 		}
 	}
 	debug.FreeOSMemory()
 	rate, size := float64(n)/bench.Median(times), bench.Median(sizes)
-	r.table(tableRegister).Add(
+	e.table(tableRegister).Add(
 		strconv.Itoa(n),
 		bench.Time(bench.Median(times)),
 		fmt.Sprintf("%.0f", rate),
@@ -154,38 +154,38 @@ func (r *env) register(ctx context.Context, n int) (collection, error) {
 		bench.LoadText(),
 	)
 	if n == barSize {
-		r.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
-		r.counted("etcd database in use per segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
+		e.timed("register 100 000 segments", "≥ 20 000/s", fmt.Sprintf("%.0f/s", rate), rate >= minRegistered)
+		e.counted("etcd database in use per segment", "≤ 800 bytes", fmt.Sprintf("%.0f", size), size <= maxStored)
 	}
 	return col, nil
 }
 
 // registerOnce returns the collection, the seconds that it took, and by how many
 // bytes a segment the database grew.
-func (r *env) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
-	if col, err = newCollection(ctx, r.client, r.Name()); err != nil {
+func (e *env) registerOnce(ctx context.Context, n int) (col collection, took, size float64, err error) {
+	if col, err = newCollection(ctx, e.client, e.Name()); err != nil {
 		return col, 0, 0, err
 	}
-	list, err := newSegments(ctx, r.client, col, n)
+	list, err := newSegments(ctx, e.client, col, n)
 	if err != nil {
 		return col, 0, 0, err
 	}
-	streams := messages(col.id, list, r.streams, r.batchSegments)
+	streams := messages(col.id, list, e.streams, e.batchSegments)
 	debug.FreeOSMemory() // nothing of the making is left to do
-	before, err := r.inUse(ctx)
+	before, err := e.inUse(ctx)
 	if err != nil {
 		return col, 0, 0, err
 	}
 	begin := time.Now()
-	if err := r.send(ctx, streams, n); err != nil {
+	if err := e.send(ctx, streams, n); err != nil {
 		return col, 0, 0, err
 	}
 	took = time.Since(begin).Seconds()
-	after, err := r.inUse(ctx)
+	after, err := e.inUse(ctx)
 	return col, took, float64(after-before) / float64(n), err
 }
 
-func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequest, n int) error {
+func (e *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequest, n int) error {
 	group, ctx := errgroup.WithContext(ctx)
 	var added atomic.Int64
 	for _, list := range streams {
@@ -193,7 +193,7 @@ func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 			continue
 		}
 		group.Go(func() error {
-			stream, err := r.client.Catalog.AddSegments(ctx)
+			stream, err := e.client.Catalog.AddSegments(ctx)
 			if err != nil {
 				return err
 			}
@@ -217,9 +217,9 @@ func (r *env) send(ctx context.Context, streams [][]*snapshotdv1.AddSegmentsRequ
 }
 
 // compacted reports the size of the database after compaction and defragmentation.
-func (r *env) compacted(ctx context.Context) error {
-	return bench.WithEtcd(r.etcdAt, func(cli *clientv3.Client) error {
-		before, err := cli.Status(ctx, r.etcdAt)
+func (e *env) compacted(ctx context.Context) error {
+	return bench.WithEtcd(e.etcdAt, func(cli *clientv3.Client) error {
+		before, err := cli.Status(ctx, e.etcdAt)
 		if err != nil {
 			return err
 		}
@@ -230,14 +230,14 @@ func (r *env) compacted(ctx context.Context) error {
 		if _, err := cli.Compact(ctx, before.Header.GetRevision(), clientv3.WithCompactPhysical()); err != nil {
 			return err
 		}
-		if _, err := cli.Defragment(ctx, r.etcdAt); err != nil {
+		if _, err := cli.Defragment(ctx, e.etcdAt); err != nil {
 			return err
 		}
-		after, err := cli.Status(ctx, r.etcdAt)
+		after, err := cli.Status(ctx, e.etcdAt)
 		if err != nil {
 			return err
 		}
-		r.table(tableRegister).Add(fmt.Sprintf("all %d, compacted and defragmented", count.Count), "", "",
+		e.table(tableRegister).Add(fmt.Sprintf("all %d, compacted and defragmented", count.Count), "", "",
 			fmt.Sprintf("%.0f", float64(after.DbSize)/float64(count.Count)), bench.LoadText())
 		return nil
 	})
@@ -251,11 +251,11 @@ type created struct {
 	id                  int64
 }
 
-func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, error) {
-	r.proxy.Drain()
+func (e *env) createOnce(ctx context.Context, col collection, n int) (*created, error) {
+	e.proxy.Drain()
 	begin := time.Now()
-	resp, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
-		Collection: ref(col.id), Name: r.Name(), RequestToken: client.NewRequestToken(),
+	resp, err := e.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+		Collection: ref(col.id), Name: e.Name(), RequestToken: client.NewRequestToken(),
 	})
 	c := &created{all: time.Since(begin).Seconds()}
 	if err != nil {
@@ -265,7 +265,7 @@ func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, 
 		return nil, fmt.Errorf("a snapshot of %d segments and %d files", got.GetSegments(), got.GetFiles())
 	}
 	c.id = resp.GetSnapshot().GetId()
-	seen := r.proxy.Drain()
+	seen := e.proxy.Drain()
 	c.requests = len(seen)
 	var first, lastManifest, last time.Time
 	for _, q := range seen {
@@ -289,16 +289,16 @@ func (r *env) createOnce(ctx context.Context, col collection, n int) (*created, 
 
 // create measures creates of a collection of n segments, the floor and, up to a
 // size, the reference.
-func (r *env) create(ctx context.Context, n int, col collection) error {
-	if got, err := r.worker.do(ctx, job{Op: "load", Collection: col.id}); err != nil || got.Segments != n {
+func (e *env) create(ctx context.Context, n int, col collection) error {
+	if got, err := e.worker.do(ctx, job{Op: "load", Collection: col.id}); err != nil || got.Segments != n {
 		return errors.Join(err, fmt.Errorf("the floor loaded %+v", got))
 	}
 	// The manifests of a create, which the floor must also produce.
-	sample, err := r.createOnce(ctx, col, n)
+	sample, err := e.createOnce(ctx, col, n)
 	if err != nil {
 		return err
 	}
-	desc, err := r.client.Snapshots.DescribeSnapshot(ctx, &snapshotdv1.DescribeSnapshotRequest{
+	desc, err := e.client.Snapshots.DescribeSnapshot(ctx, &snapshotdv1.DescribeSnapshotRequest{
 		Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: sample.id}},
 	})
 	if err != nil {
@@ -312,15 +312,15 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 
 	var subject []*created
 	var floors, refs, decodes []*result
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		steps := []func() error{
 			func() error {
-				c, err := r.createOnce(ctx, col, n)
+				c, err := e.createOnce(ctx, col, n)
 				subject = append(subject, c)
 				return err
 			},
 			func() error {
-				f, err := r.worker.do(ctx, job{Op: "floor", Manifests: parts, Prefix: fmt.Sprintf("floor/%d/%d", n, round)})
+				f, err := e.worker.do(ctx, job{Op: "floor", Manifests: parts, Prefix: fmt.Sprintf("floor/%d/%d", n, round)})
 				if err == nil && !slices.Equal(f.Digests, digests) {
 					err = errors.New("the floor's manifests are not those of the snapshot")
 				}
@@ -328,9 +328,9 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 				return err
 			},
 		}
-		if n <= r.referenceMax {
+		if n <= e.referenceMax {
 			steps = append(steps, func() error {
-				f, err := r.worker.do(ctx, job{Op: "reference", Prefix: fmt.Sprintf("reference/%d/%d", n, round)})
+				f, err := e.worker.do(ctx, job{Op: "reference", Prefix: fmt.Sprintf("reference/%d/%d", n, round)})
 				refs = append(refs, f)
 				return err
 			})
@@ -343,35 +343,35 @@ func (r *env) create(ctx context.Context, n int, col collection) error {
 				return err
 			}
 		}
-		d, err := r.worker.do(ctx, job{Op: "decode"})
+		d, err := e.worker.do(ctx, job{Op: "decode"})
 		if err != nil {
 			return err
 		}
 		decodes = append(decodes, d)
 		c, f := subject[round], floors[round]
-		r.Logf("created of %d segments in %s, floor %s (%.2f ×)",
+		e.Logf("created of %d segments in %s, floor %s (%.2f ×)",
 			n, bench.Time(c.all), bench.Time(f.total()), c.all/f.total())
 	}
 	loaded := bench.LoadText()
 	// The readings of the heap take time, so they have separate rounds.
 	var heaps []float64
-	for range r.Rounds {
-		heap, err := r.server.PeakHeap(
+	for range e.Rounds {
+		heap, err := e.server.PeakHeap(
 			ctx,
 			20*time.Millisecond,
-			func() error { _, err := r.createOnce(ctx, col, n); return err },
+			func() error { _, err := e.createOnce(ctx, col, n); return err },
 		)
 		if err != nil {
 			return err
 		}
 		heaps = append(heaps, heap)
 	}
-	if r.profile != "" && n == slices.Max(r.sizes) {
-		if err := r.profiles(ctx, "create", func() error { _, err := r.createOnce(ctx, col, n); return err }); err != nil {
+	if e.profile != "" && n == slices.Max(e.sizes) {
+		if err := e.profiles(ctx, "create", func() error { _, err := e.createOnce(ctx, col, n); return err }); err != nil {
 			return err
 		}
 	}
-	r.reportCreate(n, loaded, subject[1:], floors[1:], decodes[1:], refs[min(1, len(refs)):], heaps)
+	e.reportCreate(n, loaded, subject[1:], floors[1:], decodes[1:], refs[min(1, len(refs)):], heaps)
 	return nil
 }
 
@@ -383,7 +383,7 @@ func column[T any](list []T, fn func(T) float64) []float64 {
 	return out
 }
 
-func (r *env) reportCreate(n int, loaded string, subject []*created, floors, decodes, refs []*result, heaps []float64) {
+func (e *env) reportCreate(n int, loaded string, subject []*created, floors, decodes, refs []*result, heaps []float64) {
 	all := column(subject, func(c *created) float64 { return c.all })
 	floor := column(floors, (*result).total)
 	reference := column(refs, (*result).total)
@@ -396,7 +396,7 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 		faster, slow = fmt.Sprintf("%.0f ×", times), bench.Time(bench.Median(reference))
 		slowSpread = fmt.Sprintf("%.0f %%", bench.Spread(reference)*100)
 		if n == refSize {
-			r.timed("reference / create of 10 000 segments", "≥ 20 ×", fmt.Sprintf("%.0f ×", times),
+			e.timed("reference / create of 10 000 segments", "≥ 20 ×", fmt.Sprintf("%.0f ×", times),
 				times >= minReference)
 		}
 	}
@@ -404,7 +404,7 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 	stage := func(list []*result, fn func(*result) float64) string {
 		return bench.Time(bench.Median(column(list, fn)))
 	}
-	r.table(tableCreate).Add(
+	e.table(tableCreate).Add(
 		strconv.Itoa(n),
 		median(func(c *created) float64 { return c.capture }),
 		median(
@@ -418,36 +418,36 @@ func (r *env) reportCreate(n int, loaded string, subject []*created, floors, dec
 		bench.MiB(heap),
 		loaded,
 	)
-	r.table(tableFloor).Add(strconv.Itoa(n),
+	e.table(tableFloor).Add(strconv.Itoa(n),
 		stage(floors, func(f *result) float64 { return f.Read }), stage(floors, func(f *result) float64 { return f.Encode }),
 		stage(floors, func(f *result) float64 { return f.Put }), bench.Time(bench.Median(floor)),
 		fmt.Sprintf("%.0f %%", bench.Spread(floor)*100), fmt.Sprintf("%.0f %%", bench.Range(floor)*100),
 		stage(decodes, func(f *result) float64 { return f.Read }), slow, slowSpread)
 	if n == barSize {
-		r.floors = append(r.floors, bench.Spread(floor))
-		r.timed("create of 100 000 segments", "≤ 1.6 × floor", fmt.Sprintf("%.2f ×", ratio), ratio <= maxFloor)
-		r.counted("peak heap of that create", "≤ 160 MiB", bench.MiB(heap), heap <= maxHeap)
-		r.counted("object requests of that create", "≤ 45", strconv.Itoa(requests), requests <= maxRequests)
+		e.floors = append(e.floors, bench.Spread(floor))
+		e.timed("create of 100 000 segments", "≤ 1.6 × floor", fmt.Sprintf("%.2f ×", ratio), ratio <= maxFloor)
+		e.counted("peak heap of that create", "≤ 160 MiB", bench.MiB(heap), heap <= maxHeap)
+		e.counted("object requests of that create", "≤ 45", strconv.Itoa(requests), requests <= maxRequests)
 	}
 	if n == refSize && len(refs) > 0 {
-		r.floors = append(r.floors, bench.Spread(reference))
+		e.floors = append(e.floors, bench.Spread(reference))
 	}
 }
 
-func (r *env) get(ctx context.Context, path string) ([]byte, error) {
-	return bench.Get(ctx, "http://"+r.server.Metrics+path)
+func (e *env) get(ctx context.Context, path string) ([]byte, error) {
+	return bench.Get(ctx, "http://"+e.server.Metrics+path)
 }
 
 // profiles writes profiles of snapshotd while fn runs repeatedly for some seconds.
-func (r *env) profiles(ctx context.Context, name string, fn func() error) error {
+func (e *env) profiles(ctx context.Context, name string, fn func() error) error {
 	const seconds = 8
-	if err := os.MkdirAll(r.profile, 0o750); err != nil {
+	if err := os.MkdirAll(e.profile, 0o750); err != nil {
 		return err
 	}
 	ended := make(chan error, 1)
 	go func() {
-		data, err := r.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds))
-		ended <- errors.Join(err, os.WriteFile(filepath.Join(r.profile, name+"-cpu.pprof"), data, 0o600))
+		data, err := e.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds))
+		ended <- errors.Join(err, os.WriteFile(filepath.Join(e.profile, name+"-cpu.pprof"), data, 0o600))
 	}()
 	for begin := time.Now(); time.Since(begin) < seconds*time.Second; {
 		if err := fn(); err != nil {
@@ -457,34 +457,34 @@ func (r *env) profiles(ctx context.Context, name string, fn func() error) error 
 	if err := <-ended; err != nil {
 		return err
 	}
-	data, err := r.get(ctx, "/debug/pprof/allocs")
-	return errors.Join(err, os.WriteFile(filepath.Join(r.profile, name+"-allocs.pprof"), data, 0o600))
+	data, err := e.get(ctx, "/debug/pprof/allocs")
+	return errors.Join(err, os.WriteFile(filepath.Join(e.profile, name+"-allocs.pprof"), data, 0o600))
 }
 
 // emptyCollection makes a collection without segments.
-func (r *env) emptyCollection(ctx context.Context) (collection, error) {
-	return newCollection(ctx, r.client, r.Name())
+func (e *env) emptyCollection(ctx context.Context) (collection, error) {
+	return newCollection(ctx, e.client, e.Name())
 }
 
 // read measures the calls that read snapshots, among many.
-func (r *env) read(ctx context.Context) error {
-	col, err := r.emptyCollection(ctx)
+func (e *env) read(ctx context.Context) error {
+	col, err := e.emptyCollection(ctx)
 	if err != nil {
 		return err
 	}
 	begin := time.Now()
-	made, err := r.manySnapshots(ctx, col)
+	made, err := e.manySnapshots(ctx, col)
 	if err != nil {
 		return err
 	}
-	r.Logf("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
+	e.Logf("made %d snapshots in %s", made, bench.Time(time.Since(begin).Seconds()))
 	const samples = 1000
 	var list, get [2][]float64 // median and p99 of each round
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		var l, g []float64
 		var err error
-		lists := func() error { l, err = r.listSamples(ctx, col, samples); return err }
-		gets := func() error { g, err = r.getSamples(ctx, made, samples); return err }
+		lists := func() error { l, err = e.listSamples(ctx, col, samples); return err }
+		gets := func() error { g, err = e.getSamples(ctx, made, samples); return err }
 		steps := []func() error{lists, gets}
 		if round%2 == 1 {
 			slices.Reverse(steps)
@@ -500,28 +500,28 @@ func (r *env) read(ctx context.Context) error {
 		}
 	}
 	l, g := bench.Median(list[1]), bench.Median(get[1])
-	r.table(tableRead).Add(
+	e.table(tableRead).Add(
 		"ListSnapshots, a page of 100",
 		strconv.Itoa(made),
 		bench.Time(bench.Median(list[0])),
 		bench.Time(l),
 		bench.LoadText(),
 	)
-	r.table(tableRead).Add(
+	e.table(tableRead).Add(
 		"GetSnapshot by name",
 		strconv.Itoa(made),
 		bench.Time(bench.Median(get[0])),
 		bench.Time(g),
 		bench.LoadText(),
 	)
-	r.timed(fmt.Sprintf("ListSnapshots, a page of 100 among %d, p99", made), "≤ 10 ms", bench.Time(l), l <= maxList)
-	r.timed("GetSnapshot, p99", "≤ 5 ms", bench.Time(g), g <= maxGet)
+	e.timed(fmt.Sprintf("ListSnapshots, a page of 100 among %d, p99", made), "≤ 10 ms", bench.Time(l), l <= maxList)
+	e.timed("GetSnapshot, p99", "≤ 5 ms", bench.Time(g), g <= maxGet)
 	return nil
 }
 
 // manySnapshots makes snapshots of a collection, fewer than wanted when that
 // takes too long.
-func (r *env) manySnapshots(ctx context.Context, col collection) (int, error) {
+func (e *env) manySnapshots(ctx context.Context, col collection) (int, error) {
 	const longest = 3 * time.Minute
 	begin := time.Now()
 	group, ctx := errgroup.WithContext(ctx)
@@ -530,10 +530,10 @@ func (r *env) manySnapshots(ctx context.Context, col collection) (int, error) {
 		group.Go(func() error {
 			for time.Since(begin) < longest {
 				i := next.Add(1)
-				if i > int64(r.listed) {
+				if i > int64(e.listed) {
 					return nil
 				}
-				if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+				if _, err := e.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 					Collection: ref(col.id), Name: listedName(i - 1), RequestToken: client.NewRequestToken(),
 				}); err != nil {
 					return err
@@ -550,12 +550,12 @@ func (r *env) manySnapshots(ctx context.Context, col collection) (int, error) {
 func listedName(i int64) string { return fmt.Sprintf("listed-%d", i) }
 
 // listSamples lists pages, from the newest snapshot to the oldest and again.
-func (r *env) listSamples(ctx context.Context, col collection, samples int) ([]float64, error) {
+func (e *env) listSamples(ctx context.Context, col collection, samples int) ([]float64, error) {
 	var times []float64
 	token := ""
 	for len(times) < samples {
 		begin := time.Now()
-		resp, err := r.client.Snapshots.ListSnapshots(ctx, &snapshotdv1.ListSnapshotsRequest{
+		resp, err := e.client.Snapshots.ListSnapshots(ctx, &snapshotdv1.ListSnapshotsRequest{
 			Collection: ref(col.id), PageSize: 100, PageToken: token,
 		})
 		if err != nil {
@@ -567,12 +567,12 @@ func (r *env) listSamples(ctx context.Context, col collection, samples int) ([]f
 	return times, nil
 }
 
-func (r *env) getSamples(ctx context.Context, made, samples int) ([]float64, error) {
+func (e *env) getSamples(ctx context.Context, made, samples int) ([]float64, error) {
 	var times []float64
 	for i := range samples {
 		name := listedName(int64(i * 7919 % made))
 		begin := time.Now()
-		if _, err := r.client.Snapshots.GetSnapshot(ctx, &snapshotdv1.GetSnapshotRequest{
+		if _, err := e.client.Snapshots.GetSnapshot(ctx, &snapshotdv1.GetSnapshotRequest{
 			Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Name{Name: name}},
 		}); err != nil {
 			return nil, err
@@ -584,19 +584,19 @@ func (r *env) getSamples(ctx context.Context, made, samples int) ([]float64, err
 
 // many measures how many snapshots many clients take at once, of a collection
 // each, against one client.
-func (r *env) many(ctx context.Context) error {
+func (e *env) many(ctx context.Context) error {
 	const segments = 10
-	cols := make([]collection, r.clients)
+	cols := make([]collection, e.clients)
 	for i := range cols {
 		var err error
-		if cols[i], err = r.emptyCollection(ctx); err != nil {
+		if cols[i], err = e.emptyCollection(ctx); err != nil {
 			return err
 		}
-		list, err := newSegments(ctx, r.client, cols[i], segments)
+		list, err := newSegments(ctx, e.client, cols[i], segments)
 		if err != nil {
 			return err
 		}
-		if err := r.send(ctx, messages(cols[i].id, list, 1, segments), segments); err != nil {
+		if err := e.send(ctx, messages(cols[i].id, list, 1, segments), segments); err != nil {
 			return err
 		}
 	}
@@ -605,17 +605,17 @@ func (r *env) many(ctx context.Context) error {
 		least float64
 		want  string
 	}{
-		{r.latency, minDelayed, "≥ 16 ×"},
+		{e.latency, minDelayed, "≥ 16 ×"},
 		{0, minDirect, "≥ 2.5 ×"},
 	} {
-		r.proxy.Delay(c.delay)
+		e.proxy.Delay(c.delay)
 		var one, all []float64
-		for round := range r.Rounds + 1 {
+		for round := range e.Rounds + 1 {
 			var a, b float64
 			var err error
 			steps := []func() error{
-				func() error { a, err = r.rate(ctx, cols[:1]); return err },
-				func() error { b, err = r.rate(ctx, cols); return err },
+				func() error { a, err = e.rate(ctx, cols[:1]); return err },
+				func() error { b, err = e.rate(ctx, cols); return err },
 			}
 			if round%2 == 1 {
 				slices.Reverse(steps)
@@ -625,37 +625,37 @@ func (r *env) many(ctx context.Context) error {
 					return err
 				}
 			}
-			r.Logf("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
+			e.Logf("%v added: 1 client %.1f/s, %d clients %.1f/s (%.1f ×)", c.delay, a, len(cols), b, b/a)
 			if round > 0 {
 				one, all = append(one, a), append(all, b)
 			}
 		}
 		times := bench.Median(bench.Ratios(all, one))
-		r.table(tableClients).Add(
+		e.table(tableClients).Add(
 			c.delay.String(),
 			fmt.Sprintf("%.1f", bench.Median(one)),
 			fmt.Sprintf("%.1f", bench.Median(all)),
 			fmt.Sprintf("%.1f", times),
 			bench.LoadText(),
 		)
-		r.timed(fmt.Sprintf("%d clients / one client, %v added per request", len(cols), c.delay), c.want,
+		e.timed(fmt.Sprintf("%d clients / one client, %v added per request", len(cols), c.delay), c.want,
 			fmt.Sprintf("%.1f ×", times), times >= c.least)
 	}
-	r.proxy.Delay(0)
+	e.proxy.Delay(0)
 	return nil
 }
 
 // rate returns the snapshots per second of one client per collection, each without
 // pause.
-func (r *env) rate(ctx context.Context, cols []collection) (float64, error) {
+func (e *env) rate(ctx context.Context, cols []collection) (float64, error) {
 	group, ctx := errgroup.WithContext(ctx)
-	base := r.Name()
+	base := e.Name()
 	var made atomic.Int64
 	begin := time.Now()
 	for i, col := range cols {
 		group.Go(func() error {
-			for k := 0; time.Since(begin) < r.window; k++ {
-				if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+			for k := 0; time.Since(begin) < e.window; k++ {
+				if _, err := e.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 					Collection: ref(col.id), Name: fmt.Sprintf("%s-%d-%d", base, i, k), RequestToken: client.NewRequestToken(),
 				}); err != nil {
 					return err

@@ -116,7 +116,7 @@ func put(name string, body []byte, etag string) error {
 }
 
 // write writes the objects of a set.
-func (r *env) write(ctx context.Context, s *set) error {
+func (e *env) write(ctx context.Context, s *set) error {
 	body := make([]byte, fileSize)
 	group, ctx := errgroup.WithContext(ctx)
 	for first := range writers {
@@ -127,10 +127,10 @@ func (r *env) write(ctx context.Context, s *set) error {
 				}
 				id := s.First + int64(i)
 				for n := range s.Each {
-					if err := os.MkdirAll(filepath.Dir(r.path(s.Prefix+s.file(id, n))), 0o700); err != nil {
+					if err := os.MkdirAll(filepath.Dir(e.path(s.Prefix+s.file(id, n))), 0o700); err != nil {
 						return err
 					}
-					if err := put(r.path(s.Prefix+s.file(id, n)), body, fmt.Sprintf("%032x", id*64+int64(n))); err != nil {
+					if err := put(e.path(s.Prefix+s.file(id, n)), body, fmt.Sprintf("%032x", id*64+int64(n))); err != nil {
 						return err
 					}
 				}
@@ -142,9 +142,9 @@ func (r *env) write(ctx context.Context, s *set) error {
 }
 
 // left returns an error if the prefix has an object.
-func (r *env) left(prefix string) error {
+func (e *env) left(prefix string) error {
 	n := 0
-	err := filepath.WalkDir(r.path(prefix), func(_ string, e fs.DirEntry, err error) error {
+	err := filepath.WalkDir(e.path(prefix), func(_ string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type().IsRegular() {
 			n++
 		}
@@ -169,9 +169,9 @@ type collection struct {
 
 // newCollection creates a collection of segments with each files per segment. The
 // files exist only if written is true.
-func (r *env) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
-	c := &collection{name: r.Name()}
-	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
+func (e *env) newCollection(ctx context.Context, segments, each int, written bool) (*collection, error) {
+	c := &collection{name: e.Name()}
+	made, err := e.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
 		Name: &snapshotdv1.CollectionName{Name: c.name}, Channels: []string{c.name + "-0"},
 		Roots:        []*snapshotdv1.Root{{Prefix: "data/" + c.name + "/"}},
 		RequestToken: client.NewRequestToken(),
@@ -181,19 +181,19 @@ func (r *env) newCollection(ctx context.Context, segments, each int, written boo
 	}
 	c.id = made.GetCollection().GetId()
 	c.ref = &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: c.id}}
-	p, err := r.client.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{
+	p, err := e.client.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{
 		Collection: c.ref, Name: "p", RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return nil, err
 	}
-	ids, err := r.client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
+	ids, err := e.client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
 		Want: &snapshotdv1.AllocateIdsRequest_Count{Count: int64(segments)}, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return nil, err
 	}
-	if _, err := r.client.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{
+	if _, err := e.client.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{
 		Collection:  c.ref,
 		Checkpoints: []*snapshotdv1.ChannelPosition{{Position: &snapshotdv1.Position{Timestamp: lastTimestamp}}},
 	}); err != nil {
@@ -204,23 +204,23 @@ func (r *env) newCollection(ctx context.Context, segments, each int, written boo
 		First: ids.GetIds().GetFirst(), Segments: segments, Each: each,
 	}
 	if written {
-		if err := r.write(ctx, &c.set); err != nil {
+		if err := e.write(ctx, &c.set); err != nil {
 			return nil, err
 		}
 	}
-	return c, bench.AddSegments(ctx, r.client, c.ref, c.set.segments())
+	return c, bench.AddSegments(ctx, e.client, c.ref, c.set.segments())
 }
 
 // dropSegments drops the first n segments of a collection.
-func (r *env) dropSegments(ctx context.Context, c *collection, n int) error {
+func (e *env) dropSegments(ctx context.Context, c *collection, n int) error {
 	ids := make([]int64, n)
 	for i := range ids {
 		ids[i] = c.set.First + int64(i)
 	}
-	return bench.DropSegments(ctx, r.client, c.ref, ids)
+	return bench.DropSegments(ctx, e.client, c.ref, ids)
 }
 
 // forgetFiles removes the empty directories that versitygw may leave.
-func (r *env) forgetFiles(prefix string) error {
-	return os.RemoveAll(strings.TrimSuffix(r.path(prefix), "/"))
+func (e *env) forgetFiles(prefix string) error {
+	return os.RemoveAll(strings.TrimSuffix(e.path(prefix), "/"))
 }

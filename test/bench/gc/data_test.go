@@ -39,21 +39,21 @@ func TestSet(t *testing.T) {
 }
 
 func TestWriteAndLeft(t *testing.T) {
-	r := &env{store: t.TempDir()}
+	e := &env{store: t.TempDir()}
 	s := &set{Prefix: "data/b1/", Collection: 7, Partition: 8, First: 100, Segments: 3, Each: 2}
-	if err := r.left(s.Prefix); err != nil { // no directory
+	if err := e.left(s.Prefix); err != nil { // no directory
 		t.Error(err)
 	}
-	if err := r.write(t.Context(), s); err != nil {
+	if err := e.write(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.left(s.Prefix); err == nil || !strings.HasPrefix(err.Error(), "6 objects are left") {
+	if err := e.left(s.Prefix); err == nil || !strings.HasPrefix(err.Error(), "6 objects are left") {
 		t.Errorf("got %v of 6 objects", err)
 	}
-	if err := r.forgetFiles(s.Prefix); err != nil {
+	if err := e.forgetFiles(s.Prefix); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.left(s.Prefix); err != nil {
+	if err := e.left(s.Prefix); err != nil {
 		t.Error(err)
 	}
 }

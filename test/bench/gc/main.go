@@ -104,104 +104,104 @@ type env struct {
 }
 
 // path returns versitygw's directory of a prefix.
-func (r *env) path(prefix string) string { return filepath.Join(r.store, "s3", bench.Bucket, prefix) }
+func (e *env) path(prefix string) string { return filepath.Join(e.store, "s3", bench.Bucket, prefix) }
 
 func run(ctx context.Context, args []string) (code int, err error) {
 	o, err := parse(args)
 	if err != nil {
 		return 0, err
 	}
-	r := &env{options: o}
-	if r.store, err = os.MkdirTemp(o.objects, "bench-gc-"); err != nil {
+	e := &env{options: o}
+	if e.store, err = os.MkdirTemp(o.objects, "bench-gc-"); err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(r.store)) }()
+	defer func() { err = errors.Join(err, os.RemoveAll(e.store)) }()
 	medians := fmt.Sprintf(
 		"Medians of %d rounds after one that does not count, where more than one is made; ratios are taken per round.",
 		o.Rounds,
 	)
 	return bench.Measure(ctx, &o.Options, "bench-gc", medians, func(ctx context.Context, run *bench.Run) error {
-		r.Run = run
-		return r.measure(ctx)
+		e.Run = run
+		return e.measure(ctx)
 	})
 }
 
 // measure starts the servers and runs the parts.
-func (r *env) measure(ctx context.Context) error {
-	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
+func (e *env) measure(ctx context.Context) error {
+	process, endpoint, err := bench.StartEtcd(ctx, e.Etcd, e.Root)
 	if err != nil {
 		return err
 	}
-	defer e.Stop()
-	r.etcd, r.etcdAt = e, endpoint
-	if r.kv, err = etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: bench.EtcdRoot}); err != nil {
+	defer process.Stop()
+	e.etcd, e.etcdAt = process, endpoint
+	if e.kv, err = etcd.Open(etcd.Options{Endpoints: []string{endpoint}, Root: bench.EtcdRoot}); err != nil {
 		return err
 	}
-	defer func() { _ = r.kv.Close() }()
-	gateway, addr, err := bench.StartS3(ctx, r.S3, r.store, bench.Bucket)
+	defer func() { _ = e.kv.Close() }()
+	gateway, addr, err := bench.StartS3(ctx, e.S3, e.store, bench.Bucket)
 	if err != nil {
 		return err
 	}
 	defer gateway.Stop()
-	r.gateway, r.s3At = gateway, addr
-	if r.proxy, err = bench.StartProxy(ctx, addr); err != nil {
+	e.gateway, e.s3At = gateway, addr
+	if e.proxy, err = bench.StartProxy(ctx, addr); err != nil {
 		return err
 	}
-	defer r.proxy.Close()
-	if r.floor, err = startFloor(ctx, r.Root); err != nil {
+	defer e.proxy.Close()
+	if e.floor, err = startFloor(ctx, e.Root); err != nil {
 		return err
 	}
-	defer r.floor.process.Stop()
-	defer r.stop()
+	defer e.floor.process.Stop()
+	defer e.stop()
 
-	return r.RunParts(
+	return e.RunParts(
 		ctx,
-		bench.Part{Name: partRounds, Run: r.deletes},
-		bench.Part{Name: partFull, Run: r.fullRound},
-		bench.Part{Name: partDropped, Run: r.dropped},
-		bench.Part{Name: partLatency, Run: r.delayed},
-		bench.Part{Name: partIdle, Run: r.idle},
-		bench.Part{Name: partGrants, Run: r.grants},
+		bench.Part{Name: partRounds, Run: e.deletes},
+		bench.Part{Name: partFull, Run: e.fullRound},
+		bench.Part{Name: partDropped, Run: e.dropped},
+		bench.Part{Name: partLatency, Run: e.delayed},
+		bench.Part{Name: partIdle, Run: e.idle},
+		bench.Part{Name: partGrants, Run: e.grants},
 	)
 }
 
 // serve restarts snapshotd on an S3 server, without cycles of its own. Rate is the
 // limit of deletes per second; negative: no limit.
-func (r *env) serve(ctx context.Context, s3 string, rate int) error {
-	r.stop()
-	r.serving = s3
+func (e *env) serve(ctx context.Context, s3 string, rate int) error {
+	e.stop()
+	e.serving = s3
 	settings := bench.OnS3(s3) + fmt.Sprintf("collector: \"off\"\ncollect_rate: %d\n", rate)
 	var err error
-	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, r.Root, r.etcdAt, bench.EtcdRoot, settings); err != nil {
+	if e.server, err = bench.StartSnapshotd(ctx, e.Snapshotd, e.Root, e.etcdAt, bench.EtcdRoot, settings); err != nil {
 		return err
 	}
-	if err := r.server.WaitServing(ctx); err != nil {
+	if err := e.server.WaitServing(ctx); err != nil {
 		return err
 	}
-	r.client, err = client.Dial(r.server.Listen, client.Options{})
+	e.client, err = client.Dial(e.server.Listen, client.Options{})
 	return err
 }
 
 // stop ends snapshotd.
-func (r *env) stop() {
-	if r.client != nil {
-		_ = r.client.Close()
-		r.client = nil
+func (e *env) stop() {
+	if e.client != nil {
+		_ = e.client.Close()
+		e.client = nil
 	}
-	if r.server != nil {
-		r.server.Stop()
-		r.server = nil
+	if e.server != nil {
+		e.server.Stop()
+		e.server = nil
 	}
 }
 
 // timed adds a bar that depends on the load of the machine. Floors are the rounds of
 // the comparison, of which least are required.
-func (r *env) timed(b bench.Bar, floors []float64, least int) {
+func (e *env) timed(b bench.Bar, floors []float64, least int) {
 	if b.Timed = true; !b.OK {
-		b.Noise = r.Noise(floors, len(floors), least)
+		b.Noise = e.Noise(floors, len(floors), least)
 	}
-	r.Report.Bars = append(r.Report.Bars, b)
+	e.Report.Bars = append(e.Report.Bars, b)
 }
 
 // counted adds a bar that does not depend on it.
-func (r *env) counted(b bench.Bar) { r.Report.Bars = append(r.Report.Bars, b) }
+func (e *env) counted(b bench.Bar) { e.Report.Bars = append(e.Report.Bars, b) }

@@ -49,9 +49,9 @@ const (
 	tableGrants
 )
 
-func (r *env) table(i int) *bench.Table {
-	if r.Report.Tables == nil {
-		r.Report.Tables = []bench.Table{
+func (e *env) table(i int) *bench.Table {
+	if e.Report.Tables == nil {
+		e.Report.Tables = []bench.Table{
 			{
 				Title: "Deleting",
 				Head: []string{
@@ -105,7 +105,7 @@ func (r *env) table(i int) *bench.Table {
 			},
 		}
 	}
-	return &r.Report.Tables[i]
+	return &e.Report.Tables[i]
 }
 
 // took is the cost of the delete of a set.
@@ -117,17 +117,17 @@ type took struct {
 
 // collect runs a cycle over a collection that grants its whole set. It returns when
 // etcd has no tombstone any more.
-func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
+func (e *env) collect(ctx context.Context, c *collection) (t took, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	used := func() [3]float64 {
-		return [3]float64{r.server.CPUSeconds(), r.etcd.CPUSeconds(), r.gateway.CPUSeconds()}
+		return [3]float64{e.server.CPUSeconds(), e.etcd.CPUSeconds(), e.gateway.CPUSeconds()}
 	}
 	before := used()
 	begin := time.Now()
 	answered := make(chan error, 1)
 	go func() {
-		err := r.ask(
+		err := e.ask(
 			ctx,
 			&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true, Wait: true},
 			func(s *snapshotdv1.CollectSummary) error {
@@ -144,7 +144,7 @@ func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 		}
 		answered <- err
 	}()
-	err = r.awaitGone(ctx, c)
+	err = e.awaitGone(ctx, c)
 	t.seconds = time.Since(begin).Seconds()
 	after := used()
 	t.client, t.etcd, t.gateway = after[0]-before[0], after[1]-before[1], after[2]-before[2]
@@ -155,12 +155,12 @@ func (r *env) collect(ctx context.Context, c *collection) (t took, err error) {
 }
 
 // ask calls Collect, reads the stream and checks its summary.
-func (r *env) ask(
+func (e *env) ask(
 	ctx context.Context,
 	req *snapshotdv1.CollectRequest,
 	check func(*snapshotdv1.CollectSummary) error,
 ) error {
-	stream, err := r.client.Collector.Collect(ctx, req)
+	stream, err := e.client.Collector.Collect(ctx, req)
 	if err != nil {
 		return err
 	}
@@ -183,12 +183,12 @@ func (r *env) ask(
 
 // awaitGone waits until etcd has no key of a set. It polls the last segment, which is
 // deleted with the last batch, and then all prefixes: a low load for etcd.
-func (r *env) awaitGone(ctx context.Context, c *collection) error {
+func (e *env) awaitGone(ctx context.Context, c *collection) error {
 	last := c.set.First + int64(c.set.Segments) - 1
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	for {
-		res, err := r.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
+		res, err := e.kv.Txn(ctx, meta.Txn{Then: []meta.Op{
 			meta.Get(keys.Segment(c.id, last)), meta.Get(keys.Unit(c.id, last)), meta.Get(keys.Tombstone(c.id, last)),
 		}})
 		if err != nil {
@@ -198,7 +198,7 @@ func (r *env) awaitGone(ctx context.Context, c *collection) error {
 			gone := true
 			for _, prefix := range []string{keys.SegmentPrefix(c.id), keys.UnitPrefix(c.id), keys.TombstonePrefix(c.id)} {
 				from, to := meta.Prefix(prefix)
-				some, err := r.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
+				some, err := e.kv.Range(ctx, meta.Range{From: from, To: to, Limit: 1, KeysOnly: true})
 				if err != nil {
 					return err
 				}
@@ -218,15 +218,15 @@ func (r *env) awaitGone(ctx context.Context, c *collection) error {
 
 // made creates a collection with dropped segments; with whole the collection itself
 // is dropped.
-func (r *env) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
-	c, err := r.newCollection(ctx, segments, filesEach, written)
+func (e *env) made(ctx context.Context, segments int, whole, written bool) (*collection, error) {
+	c, err := e.newCollection(ctx, segments, filesEach, written)
 	if err != nil {
 		return nil, err
 	}
 	if !whole {
-		return c, r.dropSegments(ctx, c, segments)
+		return c, e.dropSegments(ctx, c, segments)
 	}
-	_, err = r.client.Catalog.DropCollection(
+	_, err = e.client.Catalog.DropCollection(
 		ctx,
 		&snapshotdv1.DropCollectionRequest{Collection: c.ref, RequestToken: client.NewRequestToken()},
 	)
@@ -235,77 +235,77 @@ func (r *env) made(ctx context.Context, segments int, whole, written bool) (*col
 
 // once creates a collection, deletes its segments by a cycle, and checks that all
 // objects are deleted.
-func (r *env) once(ctx context.Context, segments int, whole bool) (took, error) {
-	c, err := r.made(ctx, segments, whole, true)
+func (e *env) once(ctx context.Context, segments int, whole bool) (took, error) {
+	c, err := e.made(ctx, segments, whole, true)
 	if err != nil {
 		return took{}, err
 	}
 	// Without it each round has the history of all rounds before it.
-	if _, err := bench.Defragment(ctx, r.etcdAt); err != nil {
+	if _, err := bench.Defragment(ctx, e.etcdAt); err != nil {
 		return took{}, err
 	}
-	t, err := r.collect(ctx, c)
+	t, err := e.collect(ctx, c)
 	if err != nil {
 		return t, err
 	}
-	return t, errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+	return t, errors.Join(e.left(c.set.Prefix), e.forgetFiles(c.set.Prefix))
 }
 
 // floorOnce deletes the same number of objects with the floor.
-func (r *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
+func (e *env) floorOnce(ctx context.Context, segments, inFlight int) (t took, err error) {
 	s := set{
-		Prefix:     "floor/" + r.Name() + "/",
+		Prefix:     "floor/" + e.Name() + "/",
 		Collection: 1,
 		Partition:  2,
 		First:      1 << 30,
 		Segments:   segments,
 		Each:       filesEach,
 	}
-	if err := r.write(ctx, &s); err != nil {
+	if err := e.write(ctx, &s); err != nil {
 		return t, err
 	}
-	gateway, used := r.gateway.CPUSeconds(), r.floor.process.CPUSeconds()
-	t.seconds, err = r.floor.delete(ctx, job{S3: r.serving, Set: s, InFlight: inFlight})
+	gateway, used := e.gateway.CPUSeconds(), e.floor.process.CPUSeconds()
+	t.seconds, err = e.floor.delete(ctx, job{S3: e.serving, Set: s, InFlight: inFlight})
 	if err != nil {
 		return t, err
 	}
-	t.gateway, t.client = r.gateway.CPUSeconds()-gateway, r.floor.process.CPUSeconds()-used
-	return t, errors.Join(r.left(s.Prefix), r.forgetFiles(s.Prefix))
+	t.gateway, t.client = e.gateway.CPUSeconds()-gateway, e.floor.process.CPUSeconds()-used
+	return t, errors.Join(e.left(s.Prefix), e.forgetFiles(s.Prefix))
 }
 
 // best chooses the number of concurrent requests of the floor.
-func (r *env) best(ctx context.Context) error {
-	if r.inFlight > 0 {
+func (e *env) best(ctx context.Context) error {
+	if e.inFlight > 0 {
 		return nil
 	}
-	segments := max(r.segments/4, 1)
+	segments := max(e.segments/4, 1)
 	sums := map[int]float64{}
 	up, down := slices.Clone(concurrencies), slices.Clone(concurrencies)
 	slices.Reverse(down)
 	for _, n := range append(up, down...) {
-		t, err := r.floorOnce(ctx, segments, n)
+		t, err := e.floorOnce(ctx, segments, n)
 		if err != nil {
 			return err
 		}
-		r.Logf("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
+		e.Logf("floor, %d in flight: %d objects in %s", n, segments*filesEach, bench.Time(t.seconds))
 		sums[n] += t.seconds
 	}
-	r.inFlight = slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
+	e.inFlight = slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) })
 	return nil
 }
 
 // deletes measures cycles over dropped segments of a live collection, in turns with
 // the floor.
-func (r *env) deletes(ctx context.Context) error {
-	if err := r.serve(ctx, r.s3At, -1); err != nil {
+func (e *env) deletes(ctx context.Context) error {
+	if err := e.serve(ctx, e.s3At, -1); err != nil {
 		return err
 	}
-	if err := r.best(ctx); err != nil {
+	if err := e.best(ctx); err != nil {
 		return err
 	}
 	var subject, floors []took
-	for round := range r.Rounds + 1 {
-		a, b, err := r.both(ctx, r.segments, false, round%2 == 1)
+	for round := range e.Rounds + 1 {
+		a, b, err := e.both(ctx, e.segments, false, round%2 == 1)
 		if err != nil {
 			return err
 		}
@@ -313,29 +313,29 @@ func (r *env) deletes(ctx context.Context) error {
 			subject, floors = append(subject, a), append(floors, b)
 		}
 	}
-	r.floors = seconds(floors)
-	r.judge(fmt.Sprintf("%d", r.segments), r.segments, subject, floors)
-	r.cost(strconv.Itoa(r.segments), subject, floors, "", "", "")
-	if r.profile != "" {
-		c, err := r.made(ctx, r.segments, false, true)
+	e.floors = seconds(floors)
+	e.judge(fmt.Sprintf("%d", e.segments), e.segments, subject, floors)
+	e.cost(strconv.Itoa(e.segments), subject, floors, "", "", "")
+	if e.profile != "" {
+		c, err := e.made(ctx, e.segments, false, true)
 		if err != nil {
 			return err
 		}
-		if err := r.profiled(ctx, partRounds, func() error { _, err := r.collect(ctx, c); return err }); err != nil {
+		if err := e.profiled(ctx, partRounds, func() error { _, err := e.collect(ctx, c); return err }); err != nil {
 			return err
 		}
-		if err := errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix)); err != nil {
+		if err := errors.Join(e.left(c.set.Prefix), e.forgetFiles(c.set.Prefix)); err != nil {
 			return err
 		}
 	}
-	return r.requests(ctx)
+	return e.requests(ctx)
 }
 
 // both measures the subject and the floor, in the order of floorFirst.
-func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
+func (e *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a, b took, err error) {
 	steps := []func() error{
-		func() (err error) { a, err = r.once(ctx, segments, whole); return err },
-		func() (err error) { b, err = r.floorOnce(ctx, segments, r.inFlight); return err },
+		func() (err error) { a, err = e.once(ctx, segments, whole); return err },
+		func() (err error) { b, err = e.floorOnce(ctx, segments, e.inFlight); return err },
 	}
 	if floorFirst {
 		slices.Reverse(steps)
@@ -345,7 +345,7 @@ func (r *env) both(ctx context.Context, segments int, whole, floorFirst bool) (a
 			return a, b, err
 		}
 	}
-	r.Logf(
+	e.Logf(
 		"%d segments: round %s, answered after %s, floor %s: %.2f; processor: snapshotd %s, etcd %s, versitygw %s; "+
 			"floor %s, versitygw %s",
 		segments,
@@ -373,11 +373,11 @@ func column(list []took, fn func(took) float64) []float64 {
 }
 
 // row adds a row for rounds, and returns their throughput relative to the floor.
-func (r *env) row(what string, segments int, subject, floors []took) (ratio float64) {
+func (e *env) row(what string, segments int, subject, floors []took) (ratio float64) {
 	objects := segments * filesEach
 	a, b := bench.Median(seconds(subject)), bench.Median(seconds(floors))
 	ratio = bench.Median(bench.Ratios(seconds(floors), seconds(subject)))
-	r.table(tableDelete).Add(
+	e.table(tableDelete).Add(
 		what,
 		strconv.Itoa(objects),
 		strconv.Itoa(len(subject)),
@@ -386,7 +386,7 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 		bench.Time(bench.Median(column(subject, func(t took) float64 { return t.answered }))),
 		bench.Time(b),
 		rate(objects, b),
-		strconv.Itoa(r.inFlight),
+		strconv.Itoa(e.inFlight),
 		bench.Percent(bench.Spread(seconds(floors))),
 		fmt.Sprintf("%.2f", ratio),
 		bench.LoadText(),
@@ -395,20 +395,20 @@ func (r *env) row(what string, segments int, subject, floors []took) (ratio floa
 }
 
 // judge adds a row and the bar for rounds.
-func (r *env) judge(what string, segments int, subject, floors []took) {
-	ratio := r.row(what, segments, subject, floors)
-	r.timed(bench.Bar{
+func (e *env) judge(what string, segments int, subject, floors []took) {
+	ratio := e.row(what, segments, subject, floors)
+	e.timed(bench.Bar{
 		What: fmt.Sprintf("%s segments of %d files: throughput / floor", what, filesEach),
 		Want: fmt.Sprintf("≥ %.2f", minRatio), Got: fmt.Sprintf("%.2f", ratio), OK: ratio >= minRatio,
-	}, r.floors, bench.MinRounds)
+	}, e.floors, bench.MinRounds)
 }
 
 func rate(n int, seconds float64) string { return fmt.Sprintf("%.0f", float64(n)/seconds) }
 
 // cost adds a row for processor time and memory of rounds.
-func (r *env) cost(what string, subject, floors []took, heap, before, after string) {
+func (e *env) cost(what string, subject, floors []took, heap, before, after string) {
 	median := func(list []took, fn func(took) float64) string { return bench.Time(bench.Median(column(list, fn))) }
-	r.table(tableCost).Add(
+	e.table(tableCost).Add(
 		what,
 		median(subject, func(t took) float64 { return t.client }),
 		median(subject, func(t took) float64 { return t.etcd }),
@@ -426,67 +426,67 @@ func (r *env) cost(what string, subject, floors []took, heap, before, after stri
 }
 
 // requests counts the requests of a round.
-func (r *env) requests(ctx context.Context) error {
-	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+func (e *env) requests(ctx context.Context) error {
+	if err := e.serve(ctx, e.proxy.Addr, -1); err != nil {
 		return err
 	}
-	c, err := r.made(ctx, r.segments, false, true)
+	c, err := e.made(ctx, e.segments, false, true)
 	if err != nil {
 		return err
 	}
-	r.proxy.Drain()
-	if _, err := r.collect(ctx, c); err != nil {
+	e.proxy.Drain()
+	if _, err := e.collect(ctx, c); err != nil {
 		return err
 	}
-	deletes, seen := 0, r.proxy.Drain()
+	deletes, seen := 0, e.proxy.Drain()
 	for _, q := range seen {
 		if q.Method == http.MethodPost || q.Method == http.MethodDelete {
 			deletes++
 		}
 	}
-	objects := r.segments * filesEach
-	r.table(tableRequests).Add(
+	objects := e.segments * filesEach
+	e.table(tableRequests).Add(
 		strconv.Itoa(objects),
 		strconv.Itoa(len(seen)),
 		strconv.Itoa(deletes),
 		strconv.Itoa(len(seen)-deletes),
 		fmt.Sprintf("%.2f", float64(len(seen))*1000/float64(objects)),
 	)
-	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+	return errors.Join(e.left(c.set.Prefix), e.forgetFiles(c.set.Prefix))
 }
 
 // fullRound measures one large round, with its memory.
-func (r *env) fullRound(ctx context.Context) error {
-	if err := r.serve(ctx, r.s3At, -1); err != nil {
+func (e *env) fullRound(ctx context.Context) error {
+	if err := e.serve(ctx, e.s3At, -1); err != nil {
 		return err
 	}
-	if err := r.best(ctx); err != nil {
+	if err := e.best(ctx); err != nil {
 		return err
 	}
-	b, err := r.floorOnce(ctx, r.full, r.inFlight)
+	b, err := e.floorOnce(ctx, e.full, e.inFlight)
 	if err != nil {
 		return err
 	}
-	c, err := r.made(ctx, r.full, false, true)
+	c, err := e.made(ctx, e.full, false, true)
 	if err != nil {
 		return err
 	}
-	before, err := bench.Defragment(ctx, r.etcdAt)
+	before, err := bench.Defragment(ctx, e.etcdAt)
 	if err != nil {
 		return err
 	}
 	var a took
-	heap, err := r.server.PeakHeap(ctx, heapInterval, func() (err error) { a, err = r.collect(ctx, c); return err })
+	heap, err := e.server.PeakHeap(ctx, heapInterval, func() (err error) { a, err = e.collect(ctx, c); return err })
 	if err != nil {
 		return err
 	}
-	after, err := bench.Defragment(ctx, r.etcdAt)
+	after, err := bench.Defragment(ctx, e.etcdAt)
 	if err != nil {
 		return err
 	}
-	r.Logf(
+	e.Logf(
 		"%d segments: round %s, floor %s: %.2f, peak heap %s, etcd %s before and %s after",
-		r.full,
+		e.full,
 		bench.Time(a.seconds),
 		bench.Time(b.seconds),
 		b.seconds/a.seconds,
@@ -494,45 +494,45 @@ func (r *env) fullRound(ctx context.Context) error {
 		bench.MiB(float64(before)),
 		bench.MiB(float64(after)),
 	)
-	what := strconv.Itoa(r.full)
-	r.judge(what, r.full, []took{a}, []took{b})
-	r.cost(what, []took{a}, []took{b}, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
-	return errors.Join(r.left(c.set.Prefix), r.forgetFiles(c.set.Prefix))
+	what := strconv.Itoa(e.full)
+	e.judge(what, e.full, []took{a}, []took{b})
+	e.cost(what, []took{a}, []took{b}, bench.MiB(heap), bench.MiB(float64(before)), bench.MiB(float64(after)))
+	return errors.Join(e.left(c.set.Prefix), e.forgetFiles(c.set.Prefix))
 }
 
 // dropped measures a round over a dropped collection.
-func (r *env) dropped(ctx context.Context) error {
-	if err := r.serve(ctx, r.s3At, -1); err != nil {
+func (e *env) dropped(ctx context.Context) error {
+	if err := e.serve(ctx, e.s3At, -1); err != nil {
 		return err
 	}
-	if err := r.best(ctx); err != nil {
+	if err := e.best(ctx); err != nil {
 		return err
 	}
-	a, b, err := r.both(ctx, r.segments, true, false)
+	a, b, err := e.both(ctx, e.segments, true, false)
 	if err != nil {
 		return err
 	}
-	what := fmt.Sprintf("dropped collection, %d", r.segments)
-	r.judge(what, r.segments, []took{a}, []took{b})
-	r.cost(what, []took{a}, []took{b}, "", "", "")
+	what := fmt.Sprintf("dropped collection, %d", e.segments)
+	e.judge(what, e.segments, []took{a}, []took{b})
+	e.cost(what, []took{a}, []took{b}, "", "", "")
 	return nil
 }
 
 // delayed measures rounds with slow requests, as of a distant store. The floor has
 // the concurrency of snapshotd.
-func (r *env) delayed(ctx context.Context) error {
-	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+func (e *env) delayed(ctx context.Context) error {
+	if err := e.serve(ctx, e.proxy.Addr, -1); err != nil {
 		return err
 	}
-	r.proxy.Delay(r.latency)
-	defer r.proxy.Delay(0)
-	segments := max(r.segments/4, 1)
+	e.proxy.Delay(e.latency)
+	defer e.proxy.Delay(0)
+	segments := max(e.segments/4, 1)
 	var subject, floors []took
-	was := r.inFlight
-	defer func() { r.inFlight = was }()
-	r.inFlight = concurrencies[len(concurrencies)-1]
-	for round := range r.Rounds + 1 {
-		a, b, err := r.both(ctx, segments, false, round%2 == 1)
+	was := e.inFlight
+	defer func() { e.inFlight = was }()
+	e.inFlight = concurrencies[len(concurrencies)-1]
+	for round := range e.Rounds + 1 {
+		a, b, err := e.both(ctx, segments, false, round%2 == 1)
 		if err != nil {
 			return err
 		}
@@ -540,51 +540,51 @@ func (r *env) delayed(ctx context.Context) error {
 			subject, floors = append(subject, a), append(floors, b)
 		}
 	}
-	r.proxy.Drain() // not reported
-	r.row(fmt.Sprintf("%d, %v added to a request", segments, r.latency), segments, subject, floors)
+	e.proxy.Drain() // not reported
+	e.row(fmt.Sprintf("%d, %v added to a request", segments, e.latency), segments, subject, floors)
 	return nil
 }
 
 // idle measures rounds with nothing to delete, among many live segments and some
 // held units.
-func (r *env) idle(ctx context.Context) error {
-	if err := r.serve(ctx, r.proxy.Addr, -1); err != nil {
+func (e *env) idle(ctx context.Context) error {
+	if err := e.serve(ctx, e.proxy.Addr, -1); err != nil {
 		return err
 	}
 	begin := time.Now()
 	for i := range collections {
-		segments := r.living / collections
+		segments := e.living / collections
 		if i == 0 {
-			segments += r.held
+			segments += e.held
 		}
-		c, err := r.newCollection(ctx, segments, livingEach, false)
+		c, err := e.newCollection(ctx, segments, livingEach, false)
 		if err != nil {
 			return err
 		}
 		if i > 0 {
 			continue
 		}
-		if _, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+		if _, err := e.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 			Collection: c.ref, Name: c.name, RequestToken: client.NewRequestToken(),
 		}); err != nil {
 			return err
 		}
-		if err := r.dropSegments(ctx, c, r.held); err != nil {
+		if err := e.dropSegments(ctx, c, e.held); err != nil {
 			return err
 		}
 	}
 	registered := time.Since(begin)
-	r.Logf("registered %d segments in %v", r.living+r.held, registered.Round(time.Second))
-	size, err := bench.Defragment(ctx, r.etcdAt)
+	e.Logf("registered %d segments in %v", e.living+e.held, registered.Round(time.Second))
+	size, err := bench.Defragment(ctx, e.etcdAt)
 	if err != nil {
 		return err
 	}
 	round := func() error {
-		return r.ask(
+		return e.ask(
 			ctx,
 			&snapshotdv1.CollectRequest{Tolerance: durationpb.New(0), Wait: true},
 			func(s *snapshotdv1.CollectSummary) error {
-				if s.GetGranted() != 0 || s.GetHeld() != int64(r.held) || s.GetError() != "" {
+				if s.GetGranted() != 0 || s.GetHeld() != int64(e.held) || s.GetError() != "" {
 					return fmt.Errorf("a round with nothing to delete: %v", s)
 				}
 				return nil
@@ -593,27 +593,27 @@ func (r *env) idle(ctx context.Context) error {
 	}
 	var times []float64
 	requests := 0
-	for i := range r.Rounds + 1 {
-		r.proxy.Drain()
+	for i := range e.Rounds + 1 {
+		e.proxy.Drain()
 		begin := time.Now()
 		if err := round(); err != nil {
 			return err
 		}
 		took := time.Since(begin).Seconds()
-		seen := r.proxy.Drain()
-		r.Logf("nothing to delete: %s, %d requests", bench.Time(took), len(seen))
+		seen := e.proxy.Drain()
+		e.Logf("nothing to delete: %s, %d requests", bench.Time(took), len(seen))
 		if i > 0 {
 			times, requests = append(times, took), max(requests, len(seen))
 		}
 	}
-	heap, err := r.server.PeakHeap(ctx, heapInterval/10, round)
+	heap, err := e.server.PeakHeap(ctx, heapInterval/10, round)
 	if err != nil {
 		return err
 	}
 	median := bench.Median(times)
-	r.table(tableIdle).Add(
-		strconv.Itoa(r.living),
-		strconv.Itoa(r.held),
+	e.table(tableIdle).Add(
+		strconv.Itoa(e.living),
+		strconv.Itoa(e.held),
 		registered.Round(time.Second).String(),
 		bench.MiB(float64(size)),
 		bench.Time(median),
@@ -622,10 +622,10 @@ func (r *env) idle(ctx context.Context) error {
 		bench.MiB(heap),
 		bench.LoadText(),
 	)
-	what := fmt.Sprintf("nothing to delete among %d live segments and %d held units", r.living, r.held)
-	r.timed(bench.Bar{What: what + ": time", Want: "≤ 1 s", Got: bench.Time(median), OK: median <= maxIdle}, nil, 0)
-	r.counted(bench.Bar{What: what + ": object requests", Want: "0", Got: strconv.Itoa(requests), OK: requests == 0})
-	return r.profiled(ctx, partIdle, func() error {
+	what := fmt.Sprintf("nothing to delete among %d live segments and %d held units", e.living, e.held)
+	e.timed(bench.Bar{What: what + ": time", Want: "≤ 1 s", Got: bench.Time(median), OK: median <= maxIdle}, nil, 0)
+	e.counted(bench.Bar{What: what + ": object requests", Want: "0", Got: strconv.Itoa(requests), OK: requests == 0})
+	return e.profiled(ctx, partIdle, func() error {
 		for range 5 {
 			if err := round(); err != nil {
 				return err
@@ -637,17 +637,17 @@ func (r *env) idle(ctx context.Context) error {
 
 // grants measures the speed of grants with nearly no deletes. It leaves tombstones
 // and so runs last.
-func (r *env) grants(ctx context.Context) error {
-	if err := r.serve(ctx, r.s3At, 1); err != nil {
+func (e *env) grants(ctx context.Context) error {
+	if err := e.serve(ctx, e.s3At, 1); err != nil {
 		return err
 	}
-	if r.profile != "" {
-		c, err := r.made(ctx, r.segments, false, false)
+	if e.profile != "" {
+		c, err := e.made(ctx, e.segments, false, false)
 		if err != nil {
 			return err
 		}
-		if err := r.profiled(ctx, partGrants, func() error {
-			return r.ask(
+		if err := e.profiled(ctx, partGrants, func() error {
+			return e.ask(
 				ctx,
 				&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true},
 				func(*snapshotdv1.CollectSummary) error { return nil },
@@ -657,19 +657,19 @@ func (r *env) grants(ctx context.Context) error {
 		}
 	}
 	var list []took
-	for i := range r.Rounds + 1 {
-		c, err := r.made(ctx, r.segments, false, false)
+	for i := range e.Rounds + 1 {
+		c, err := e.made(ctx, e.segments, false, false)
 		if err != nil {
 			return err
 		}
-		used := [2]float64{r.server.CPUSeconds(), r.etcd.CPUSeconds()}
+		used := [2]float64{e.server.CPUSeconds(), e.etcd.CPUSeconds()}
 		begin := time.Now()
-		if err := r.ask(
+		if err := e.ask(
 			ctx,
 			&snapshotdv1.CollectRequest{Collection: c.ref, Tolerance: durationpb.New(0), Force: true},
 			func(s *snapshotdv1.CollectSummary) error {
-				if s.GetGranted() != int64(r.segments) || s.GetError() != "" {
-					return fmt.Errorf("a round of %d segments: %v", r.segments, s)
+				if s.GetGranted() != int64(e.segments) || s.GetError() != "" {
+					return fmt.Errorf("a round of %d segments: %v", e.segments, s)
 				}
 				return nil
 			},
@@ -678,12 +678,12 @@ func (r *env) grants(ctx context.Context) error {
 		}
 		t := took{
 			seconds: time.Since(begin).Seconds(),
-			client:  r.server.CPUSeconds() - used[0],
-			etcd:    r.etcd.CPUSeconds() - used[1],
+			client:  e.server.CPUSeconds() - used[0],
+			etcd:    e.etcd.CPUSeconds() - used[1],
 		}
-		r.Logf(
+		e.Logf(
 			"%d grants in %s; processor: snapshotd %s, etcd %s",
-			r.segments,
+			e.segments,
 			bench.Time(t.seconds),
 			bench.Time(t.client),
 			bench.Time(t.etcd),
@@ -693,11 +693,11 @@ func (r *env) grants(ctx context.Context) error {
 		}
 	}
 	median := bench.Median(seconds(list))
-	r.table(tableGrants).Add(
-		strconv.Itoa(r.segments),
+	e.table(tableGrants).Add(
+		strconv.Itoa(e.segments),
 		strconv.Itoa(len(list)),
 		bench.Time(median),
-		rate(r.segments, median),
+		rate(e.segments, median),
 		bench.Percent(bench.Spread(seconds(list))),
 		bench.Time(bench.Median(column(list, func(t took) float64 { return t.client }))),
 		bench.Time(bench.Median(column(list, func(t took) float64 { return t.etcd }))),
@@ -707,9 +707,9 @@ func (r *env) grants(ctx context.Context) error {
 }
 
 // profiled calls fn, with a processor profile of snapshotd if profiles are on.
-func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
-	if r.profile == "" {
+func (e *env) profiled(ctx context.Context, name string, fn func() error) error {
+	if e.profile == "" {
 		return nil
 	}
-	return r.server.Profile(ctx, r.profile, name, 5, fn)
+	return e.server.Profile(ctx, e.profile, name, 5, fn)
 }

@@ -217,19 +217,19 @@ func create(ctx context.Context, c *client.Client, col *collection, name string)
 
 // fill creates the collection and its snapshots. Each differs from the one before it
 // in a share of its segments.
-func (r *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
+func (e *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
 	col, err := newCollection(ctx, cl.client)
 	if err != nil {
 		return nil, err
 	}
-	if col.live, err = register(ctx, cl.client, col, r.segments, full); err != nil {
+	if col.live, err = register(ctx, cl.client, col, e.segments, full); err != nil {
 		return nil, err
 	}
 	col.noted(col.live)
-	random := rand.New(rand.NewPCG(r.seed, 0))
-	for i := range r.snapshots {
+	random := rand.New(rand.NewPCG(e.seed, 0))
+	for i := range e.snapshots {
 		if i > 0 {
-			if err := compact(ctx, cl.client, col, random, r.replaced()); err != nil {
+			if err := compact(ctx, cl.client, col, random, e.replaced()); err != nil {
 				return nil, err
 			}
 		}
@@ -240,7 +240,7 @@ func (r *env) fill(ctx context.Context, cl *cluster) (*collection, error) {
 			if err := bench.CompactEtcd(ctx, cl.at); err != nil {
 				return nil, err
 			}
-			r.Logf("%d snapshots, load %.2f", i+1, bench.Load())
+			e.Logf("%d snapshots, load %.2f", i+1, bench.Load())
 		}
 	}
 	return col, nil

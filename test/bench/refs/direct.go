@@ -104,12 +104,12 @@ func (c *copier) put(ctx context.Context, id int64, name string, segments, build
 // first snapshot and writes the others itself. Of the segments that are in these
 // nothing is in the catalog but those of the first snapshot, which are dropped
 // as they would be; those that the collection has in the end are in no snapshot.
-func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error) {
+func (e *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error) {
 	col, err := newCollection(ctx, cl.client)
 	if err != nil {
 		return nil, err
 	}
-	if col.live, err = register(ctx, cl.client, col, r.segments, full); err != nil {
+	if col.live, err = register(ctx, cl.client, col, e.segments, full); err != nil {
 		return nil, err
 	}
 	first, err := create(ctx, cl.client, col, "s0")
@@ -123,14 +123,14 @@ func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error
 	defer func() { _, _ = c.kv.Close(), c.objects.Close() }()
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(writers)
-	random := rand.New(rand.NewPCG(r.seed, 0))
+	random := rand.New(rand.NewPCG(e.seed, 0))
 	held, build := slices.Clone(col.live), map[int64]int64{}
 	for i, id := range col.live { // as newSegments numbers them
 		build[id] = col.live[0] + int64(len(col.live)+i)
 	}
 	col.noted(held)
-	for i := range r.snapshots - 1 {
-		n := r.replaced()
+	for i := range e.snapshots - 1 {
+		n := e.replaced()
 		ids, err := cl.client.Catalog.AllocateIds(groupCtx, &snapshotdv1.AllocateIdsRequest{
 			Want: &snapshotdv1.AllocateIdsRequest_Count{Count: int64(2*n + 1)}, RequestToken: client.NewRequestToken(),
 		})
@@ -149,7 +149,7 @@ func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error
 		builds := slices.Sorted(maps.Values(build))
 		group.Go(func() error { return c.put(groupCtx, at+int64(2*n), fmt.Sprintf("s%d", i+1), segments, builds) })
 		if (i+2)%forgetEvery == 0 {
-			r.Logf("%d snapshots, load %.2f", i+2, bench.Load())
+			e.Logf("%d snapshots, load %.2f", i+2, bench.Load())
 		}
 	}
 	if err := group.Wait(); err != nil {
@@ -159,6 +159,6 @@ func (r *env) fillDirectly(ctx context.Context, cl *cluster) (*collection, error
 		return nil, err
 	}
 	col.dropped = col.live
-	col.live, err = register(ctx, cl.client, col, r.segments, slim)
+	col.live, err = register(ctx, cl.client, col, e.segments, slim)
 	return col, err
 }

@@ -102,21 +102,21 @@ func run(ctx context.Context, args []string) (int, error) {
 		o.pairs,
 	)
 	return bench.Measure(ctx, &o.Options, "bench-refs", medians, func(ctx context.Context, run *bench.Run) error {
-		r := &env{options: o, Run: run}
-		if err := r.measure(ctx, run.Root); err != nil {
+		e := &env{options: o, Run: run}
+		if err := e.measure(ctx, run.Root); err != nil {
 			return err
 		}
-		r.judge()
+		e.judge()
 		return nil
 	})
 }
 
 // judge marks the missed bars for time as inconclusive on a busy machine. A passed
 // bar stays passed.
-func (r *env) judge() {
-	for i := range r.Report.Bars {
-		if b := &r.Report.Bars[i]; b.Timed && !b.OK {
-			b.Noise = r.Noise(nil, 0, 0)
+func (e *env) judge() {
+	for i := range e.Report.Bars {
+		if b := &e.Report.Bars[i]; b.Timed && !b.OK {
+			b.Noise = e.Noise(nil, 0, 0)
 		}
 	}
 }

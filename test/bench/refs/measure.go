@@ -32,17 +32,17 @@ const (
 const heapInterval = 20 * time.Millisecond
 
 // timed adds a bar that depends on the load of the machine.
-func (r *env) timed(what, want, got string, ok bool) {
-	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
+func (e *env) timed(what, want, got string, ok bool) {
+	e.Report.Bars = append(e.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true})
 }
 
 // counted adds a bar that does not depend on it.
-func (r *env) counted(what, want, got string, ok bool) {
-	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+func (e *env) counted(what, want, got string, ok bool) {
+	e.Report.Bars = append(e.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
-func (r *env) measure(ctx context.Context, dir string) error {
-	many, err := newCluster(ctx, r.options, filepath.Join(dir, "many"))
+func (e *env) measure(ctx context.Context, dir string) error {
+	many, err := newCluster(ctx, e.options, filepath.Join(dir, "many"))
 	if many != nil {
 		defer many.close()
 	}
@@ -53,17 +53,17 @@ func (r *env) measure(ctx context.Context, dir string) error {
 		return err
 	}
 	begin := time.Now()
-	fill := r.fillDirectly
-	if r.real {
-		fill = r.fill
+	fill := e.fillDirectly
+	if e.real {
+		fill = e.fill
 	}
 	col, err := fill(ctx, many)
 	if err != nil {
-		return fmt.Errorf("make %d snapshots: %w", r.snapshots, err)
+		return fmt.Errorf("make %d snapshots: %w", e.snapshots, err)
 	}
 	filled := time.Since(begin)
 	// The units that Reclaim grants: no snapshot has held them.
-	spare, err := register(ctx, many.client, col, r.units*(r.Rounds+1), full)
+	spare, err := register(ctx, many.client, col, e.units*(e.Rounds+1), full)
 	if err == nil {
 		err = bench.DropSegments(ctx, many.client, col.ref(), spare)
 	}
@@ -79,8 +79,8 @@ func (r *env) measure(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	r.Logf("made %d snapshots in %v, load %s", r.snapshots, filled.Round(time.Second), bench.LoadText())
-	r.Report.Tables = append(r.Report.Tables, bench.Table{
+	e.Logf("made %d snapshots in %v, load %s", e.snapshots, filled.Round(time.Second), bench.LoadText())
+	e.Report.Tables = append(e.Report.Tables, bench.Table{
 		Title: "Set-up",
 		Head: []string{
 			"snapshots",
@@ -92,26 +92,26 @@ func (r *env) measure(ctx context.Context, dir string) error {
 			"load",
 		},
 		Rows: [][]string{{
-			strconv.Itoa(r.snapshots), strconv.Itoa(r.segments), strconv.FormatInt(col.referenced, 10),
+			strconv.Itoa(e.snapshots), strconv.Itoa(e.segments), strconv.FormatInt(col.referenced, 10),
 			filled.Round(time.Second).String(), fmt.Sprintf("%.0f", refs), bench.MiB(float64(size)), bench.LoadText(),
 		}},
 	})
-	if err := r.loads(ctx, many); err != nil {
+	if err := e.loads(ctx, many); err != nil {
 		return fmt.Errorf("load: %w", err)
 	}
-	if err := r.checksAlone(ctx, many, col); err != nil {
+	if err := e.checksAlone(ctx, many, col); err != nil {
 		return fmt.Errorf("look up: %w", err)
 	}
 	if err := many.serve(ctx); err != nil {
 		return err
 	}
-	if err := many.quiet(ctx, r.snapshots); err != nil {
+	if err := many.quiet(ctx, e.snapshots); err != nil {
 		return err
 	}
-	if err := r.reclaims(ctx, many, col, spare); err != nil {
+	if err := e.reclaims(ctx, many, col, spare); err != nil {
 		return fmt.Errorf("reclaim: %w", err)
 	}
-	return r.beside(ctx, many, col, filepath.Join(dir, "none"))
+	return e.beside(ctx, many, col, filepath.Join(dir, "none"))
 }
 
 // refsBytes returns the average size of a references file in dir.
@@ -199,22 +199,22 @@ func (c *cluster) quiet(ctx context.Context, n int) error {
 
 // loads measures the time from the start of a replica until the references of all
 // snapshots are known.
-func (r *env) loads(ctx context.Context, c *cluster) error {
+func (e *env) loads(ctx context.Context, c *cluster) error {
 	var times, heaps, uses []float64
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		begin := time.Now()
 		if err := c.start(ctx); err != nil {
 			return err
 		}
-		heap, used, err := c.until(ctx, knows(r.snapshots))
+		heap, used, err := c.until(ctx, knows(e.snapshots))
 		took := time.Since(begin).Seconds()
 		c.stop()
 		if err != nil {
 			return err
 		}
-		r.Logf(
+		e.Logf(
 			"knew %d snapshots after %s, %s of processor time, heap up to %s, load %s",
-			r.snapshots,
+			e.snapshots,
 			bench.Time(took),
 			bench.Time(used),
 			bench.MiB(heap),
@@ -225,7 +225,7 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 		}
 	}
 	took, heap := bench.Median(times), slices.Max(heaps)
-	r.Report.Tables = append(r.Report.Tables, bench.Table{
+	e.Report.Tables = append(e.Report.Tables, bench.Table{
 		Title: "Start of a replica",
 		Head:  []string{"references known after", "spread", "CPU", "peak heap", "load"},
 		Rows: [][]string{
@@ -238,18 +238,18 @@ func (r *env) loads(ctx context.Context, c *cluster) error {
 			},
 		},
 	})
-	r.timed(
-		fmt.Sprintf("references of %d snapshots of %d segments known", r.snapshots, r.segments),
+	e.timed(
+		fmt.Sprintf("references of %d snapshots of %d segments known", e.snapshots, e.segments),
 		"≤ 5 s",
 		bench.Time(took),
 		took <= maxLoad,
 	)
-	r.counted("peak heap until all are known", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
+	e.counted("peak heap until all are known", "≤ 500 MiB", bench.MiB(heap), heap <= maxHeap)
 	return nil
 }
 
 // checksAlone measures the load of the references and lookups in a worker process.
-func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) error {
+func (e *env) checksAlone(ctx context.Context, c *cluster, col *collection) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -263,8 +263,8 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 	defer p.Stop()
 	defer context.AfterFunc(ctx, p.Kill)()
 	err = json.NewEncoder(p.Stdin).Encode(job{
-		Endpoint: c.at, Objects: c.objects(), Collection: col.id, Snapshots: r.snapshots,
-		First: col.first, Last: col.last, Checks: r.checks, Rounds: r.Rounds, Seed: r.seed, Profile: r.profile,
+		Endpoint: c.at, Objects: c.objects(), Collection: col.id, Snapshots: e.snapshots,
+		First: col.first, Last: col.last, Checks: e.checks, Rounds: e.Rounds, Seed: e.seed, Profile: e.profile,
 	})
 	if err != nil {
 		return err
@@ -277,8 +277,8 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 		return fmt.Errorf("%d segments and %d builds are referenced, want %d", got.Segments, got.Builds, want)
 	}
 	took := bench.Median(got.Checks)
-	r.Logf("looked %d segments up in %s, load %s", r.checks, bench.Time(took), bench.LoadText())
-	r.Report.Tables = append(r.Report.Tables, bench.Table{
+	e.Logf("looked %d segments up in %s, load %s", e.checks, bench.Time(took), bench.LoadText())
+	e.Report.Tables = append(e.Report.Tables, bench.Table{
 		Title: "The index alone",
 		Head: []string{
 			"load time",
@@ -297,9 +297,9 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 				bench.Time(got.Load),
 				bench.Time(got.CPU),
 				bench.MiB(float64(got.Heap)),
-				fmt.Sprintf("%.1f", float64(got.Heap)/float64(r.snapshots)/float64(r.segments)),
-				strconv.Itoa(r.checks),
-				bench.Percent(float64(got.Held) / float64(r.checks)),
+				fmt.Sprintf("%.1f", float64(got.Heap)/float64(e.snapshots)/float64(e.segments)),
+				strconv.Itoa(e.checks),
+				bench.Percent(float64(got.Held) / float64(e.checks)),
 				bench.Time(took),
 				bench.Percent(bench.Spread(got.Checks)),
 				bench.Time(bench.Median(got.ChecksCPU)),
@@ -307,7 +307,7 @@ func (r *env) checksAlone(ctx context.Context, c *cluster, col *collection) erro
 			},
 		},
 	})
-	r.timed(fmt.Sprintf("%d segment lookups", r.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
+	e.timed(fmt.Sprintf("%d segment lookups", e.checks), "≤ 1 s", bench.Time(took), took <= maxChecks)
 	return nil
 }
 
@@ -341,7 +341,7 @@ type asked struct {
 	requests
 }
 
-func (r *env) reclaimOnce(
+func (e *env) reclaimOnce(
 	ctx context.Context,
 	c *cluster,
 	col *collection,
@@ -376,7 +376,7 @@ func (r *env) reclaimOnce(
 }
 
 // confirm confirms the deletes of granted units.
-func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
+func (e *env) confirm(ctx context.Context, c *cluster, col *collection, ids []int64) (float64, error) {
 	begin := time.Now()
 	resp, err := c.reclaim.ConfirmReclaimed(
 		ctx,
@@ -392,26 +392,26 @@ func (r *env) confirm(ctx context.Context, c *cluster, col *collection, ids []in
 }
 
 // reclaims measures Reclaim of held units and of units without holders.
-func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare []int64) error {
+func (e *env) reclaims(ctx context.Context, c *cluster, col *collection, spare []int64) error {
 	oldest := slices.Sorted(slices.Values(col.dropped)) // of full shape, as the spare ones
-	heldIDs := oldest[:min(r.units, len(oldest))]
+	heldIDs := oldest[:min(e.units, len(oldest))]
 	var free, held []asked
 	var confirms []float64
-	for round := range r.Rounds + 1 {
-		ids := spare[round*r.units:][:r.units]
+	for round := range e.Rounds + 1 {
+		ids := spare[round*e.units:][:e.units]
 		steps := []func() error{
 			func() error {
-				a, err := r.reclaimOnce(ctx, c, col, ids, snapshotdv1.ReclaimResult_OUTCOME_GRANTED)
+				a, err := e.reclaimOnce(ctx, c, col, ids, snapshotdv1.ReclaimResult_OUTCOME_GRANTED)
 				if err != nil {
 					return err
 				}
 				free = append(free, a)
-				took, err := r.confirm(ctx, c, col, ids)
+				took, err := e.confirm(ctx, c, col, ids)
 				confirms = append(confirms, took)
 				return err
 			},
 			func() error {
-				a, err := r.reclaimOnce(ctx, c, col, heldIDs, snapshotdv1.ReclaimResult_OUTCOME_HELD)
+				a, err := e.reclaimOnce(ctx, c, col, heldIDs, snapshotdv1.ReclaimResult_OUTCOME_HELD)
 				held = append(held, a)
 				return err
 			},
@@ -424,9 +424,9 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 				return err
 			}
 		}
-		r.Logf(
+		e.Logf(
 			"reclaim of %d units: granted %s, held %s, load %s",
-			r.units,
+			e.units,
 			bench.Time(free[round].took),
 			bench.Time(held[round].took),
 			bench.LoadText(),
@@ -449,7 +449,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		name string
 		n    int
 		list []asked
-	}{{"granted", r.units, free[1:]}, {"held", len(heldIDs), held[1:]}} {
+	}{{"granted", e.units, free[1:]}, {"held", len(heldIDs), held[1:]}} {
 		column := func(fn func(asked) float64) []float64 {
 			out := make([]float64, len(k.list))
 			for i, a := range k.list {
@@ -463,7 +463,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		t.Add(strconv.Itoa(k.n), k.name, bench.Time(took), bench.Percent(bench.Spread(times)),
 			median(func(a asked) float64 { return a.txns }), median(func(a asked) float64 { return a.reads }),
 			median(func(a asked) float64 { return a.watch }), bench.LoadText())
-		r.timed(
+		e.timed(
 			fmt.Sprintf("Reclaim of %d units: %s", k.n, k.name),
 			"≤ 2 s",
 			bench.Time(took),
@@ -471,7 +471,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		)
 	}
 	t.Add(
-		strconv.Itoa(r.units),
+		strconv.Itoa(e.units),
 		"confirmed",
 		bench.Time(bench.Median(confirms[1:])),
 		bench.Percent(bench.Spread(confirms[1:])),
@@ -480,7 +480,7 @@ func (r *env) reclaims(ctx context.Context, c *cluster, col *collection, spare [
 		"",
 		bench.LoadText(),
 	)
-	r.Report.Tables = append(r.Report.Tables, t)
+	e.Report.Tables = append(e.Report.Tables, t)
 	return nil
 }
 
@@ -527,8 +527,8 @@ func (c *cluster) turn(ctx context.Context, col *collection, name string, snapsh
 
 // beside measures a create and a drop beside all snapshots, and in another cluster
 // beside none.
-func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir string) error {
-	none, err := newCluster(ctx, r.options, dir)
+func (e *env) beside(ctx context.Context, many *cluster, col *collection, dir string) error {
+	none, err := newCluster(ctx, e.options, dir)
 	if none != nil {
 		defer none.close()
 	}
@@ -542,15 +542,15 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 	if err != nil {
 		return err
 	}
-	if other.live, err = register(ctx, none.client, other, r.segments, slim); err != nil {
+	if other.live, err = register(ctx, none.client, other, e.segments, slim); err != nil {
 		return err
 	}
 	var a, b []turn
-	for round := range r.pairs + 1 {
+	for round := range e.pairs + 1 {
 		name := fmt.Sprintf("beside%d", round)
 		steps := []func() error{
 			func() error {
-				t, err := many.turn(ctx, col, name, r.snapshots)
+				t, err := many.turn(ctx, col, name, e.snapshots)
 				a = append(a, t)
 				return err
 			},
@@ -570,8 +570,8 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 		}
 	}
 	t := bench.Table{
-		Title: fmt.Sprintf("Beside %d snapshots and beside none", r.snapshots),
-		Head:  []string{"call", fmt.Sprintf("beside %d", r.snapshots), "beside none", "ratio", "spread beside none", "load"},
+		Title: fmt.Sprintf("Beside %d snapshots and beside none", e.snapshots),
+		Head:  []string{"call", fmt.Sprintf("beside %d", e.snapshots), "beside none", "ratio", "spread beside none", "load"},
 	}
 	for _, k := range []struct {
 		what   string
@@ -584,7 +584,7 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 		{"drop, until its references are gone", func(t turn) float64 { return t.dropped }, false},
 	} {
 		var x, y []float64
-		for i := range r.pairs {
+		for i := range e.pairs {
 			x, y = append(x, k.of(a[i+1])), append(y, k.of(b[i+1]))
 		}
 		ratio := bench.Median(bench.Ratios(x, y))
@@ -597,14 +597,14 @@ func (r *env) beside(ctx context.Context, many *cluster, col *collection, dir st
 			bench.LoadText(),
 		)
 		if k.judged {
-			r.timed(
-				fmt.Sprintf("%s beside %d snapshots / beside none", k.what, r.snapshots),
+			e.timed(
+				fmt.Sprintf("%s beside %d snapshots / beside none", k.what, e.snapshots),
 				"≤ 1.20 ×",
 				fmt.Sprintf("%.2f ×", ratio),
 				ratio <= maxRatio,
 			)
 		}
 	}
-	r.Report.Tables = append(r.Report.Tables, t)
+	e.Report.Tables = append(e.Report.Tables, t)
 	return nil
 }

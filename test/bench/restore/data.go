@@ -42,10 +42,10 @@ type captured struct {
 
 // capture creates a collection of segments with files files of a size each, written
 // to s3, and takes a snapshot of it.
-func (r *env) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
-	name := r.Name()
+func (e *env) capture(ctx context.Context, s3 string, segments, files int, size int64) (*captured, error) {
+	name := e.Name()
 	c := &captured{prefix: "data/" + name + "/", set: name, files: segments * files, bytes: int64(segments*files) * size}
-	made, err := r.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
+	made, err := e.client.Catalog.CreateCollection(ctx, &snapshotdv1.CreateCollectionRequest{
 		Name: &snapshotdv1.CollectionName{Name: name}, Channels: []string{name + "-0"},
 		Roots:        []*snapshotdv1.Root{{Prefix: c.prefix}},
 		RequestToken: client.NewRequestToken(),
@@ -54,13 +54,13 @@ func (r *env) capture(ctx context.Context, s3 string, segments, files int, size 
 		return nil, err
 	}
 	ref := &snapshotdv1.CollectionRef{Ref: &snapshotdv1.CollectionRef_Id{Id: made.GetCollection().GetId()}}
-	p, err := r.client.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{
+	p, err := e.client.Catalog.CreatePartition(ctx, &snapshotdv1.CreatePartitionRequest{
 		Collection: ref, Name: "p", RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return nil, err
 	}
-	ids, err := r.client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
+	ids, err := e.client.Catalog.AllocateIds(ctx, &snapshotdv1.AllocateIdsRequest{
 		Want: &snapshotdv1.AllocateIdsRequest_Count{Count: int64(segments)}, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
@@ -102,23 +102,23 @@ func (r *env) capture(ctx context.Context, s3 string, segments, files int, size 
 		}
 		list = append(list, s)
 	}
-	put, err := r.floor.do(ctx, job{Op: "put", S3: s3, Set: c.set, Prefix: c.prefix, Keys: paths, Size: size})
+	put, err := e.floor.do(ctx, job{Op: "put", S3: s3, Set: c.set, Prefix: c.prefix, Keys: paths, Size: size})
 	if err != nil {
 		return nil, err
 	}
 	for i, etag := range put.ETags {
 		list[i/files].Files[i%files].Etag = etag
 	}
-	if err := r.register(ctx, ref, list); err != nil {
+	if err := e.register(ctx, ref, list); err != nil {
 		return nil, err
 	}
-	if _, err := r.client.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{
+	if _, err := e.client.Catalog.SetCheckpoints(ctx, &snapshotdv1.SetCheckpointsRequest{
 		Collection:  ref,
 		Checkpoints: []*snapshotdv1.ChannelPosition{{Position: &snapshotdv1.Position{Timestamp: lastTimestamp}}},
 	}); err != nil {
 		return nil, err
 	}
-	s, err := r.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
+	s, err := e.client.Snapshots.CreateSnapshot(ctx, &snapshotdv1.CreateSnapshotRequest{
 		Collection: ref, Name: name, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
@@ -131,8 +131,8 @@ func (r *env) capture(ctx context.Context, s3 string, segments, files int, size 
 	return c, nil
 }
 
-func (r *env) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list []*snapshotdv1.Segment) error {
-	stream, err := r.client.Catalog.AddSegments(ctx)
+func (e *env) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list []*snapshotdv1.Segment) error {
+	stream, err := e.client.Catalog.AddSegments(ctx)
 	if err != nil {
 		return err
 	}
@@ -149,16 +149,16 @@ func (r *env) register(ctx context.Context, ref *snapshotdv1.CollectionRef, list
 
 // restore restores a snapshot. It returns the seconds from the call until etcd shows
 // the job as COMPLETED, and the id of the new collection.
-func (r *env) restore(ctx context.Context, c *captured) (seconds float64, target int64, err error) {
-	ended, err := watchJobs(ctx, r.kv)
+func (e *env) restore(ctx context.Context, c *captured) (seconds float64, target int64, err error) {
+	ended, err := watchJobs(ctx, e.kv)
 	if err != nil {
 		return 0, 0, err
 	}
 	defer ended.stop()
 	begin := time.Now()
-	resp, err := r.client.Snapshots.RestoreSnapshot(ctx, &snapshotdv1.RestoreSnapshotRequest{
+	resp, err := e.client.Snapshots.RestoreSnapshot(ctx, &snapshotdv1.RestoreSnapshotRequest{
 		Snapshot: &snapshotdv1.SnapshotRef{Ref: &snapshotdv1.SnapshotRef_Id{Id: c.snapshot}},
-		Target:   &snapshotdv1.CollectionName{Name: r.Name()}, RequestToken: client.NewRequestToken(),
+		Target:   &snapshotdv1.CollectionName{Name: e.Name()}, RequestToken: client.NewRequestToken(),
 	})
 	if err != nil {
 		return 0, 0, err
@@ -240,8 +240,8 @@ func (e *jobsEnd) wait(ctx context.Context, id int64) (*copyjob.Job, time.Time, 
 
 // discard counts the files below a prefix in versitygw's directory, and removes
 // them.
-func (r *env) discard(prefix string, want int) error {
-	dir, n := r.objects(prefix), 0
+func (e *env) discard(prefix string, want int) error {
+	dir, n := e.objects(prefix), 0
 	err := filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type().IsRegular() {
 			n++

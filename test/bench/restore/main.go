@@ -104,7 +104,7 @@ type env struct {
 }
 
 // objects returns versitygw's directory of a prefix.
-func (r *env) objects(prefix string) string { return filepath.Join(r.data, "s3", bucket, prefix) }
+func (e *env) objects(prefix string) string { return filepath.Join(e.data, "s3", bucket, prefix) }
 
 func run(ctx context.Context, args []string) (int, error) {
 	o, err := parse(args)
@@ -113,97 +113,97 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	medians := fmt.Sprintf("Medians of %d rounds after one that does not count; ratios are taken per round.", o.Rounds)
 	return bench.Measure(ctx, &o.Options, "bench-restore", medians, func(ctx context.Context, run *bench.Run) (err error) {
-		r := &env{options: o, Run: run}
-		if r.data, err = os.MkdirTemp(o.store, "bench-restore-"); err != nil {
+		e := &env{options: o, Run: run}
+		if e.data, err = os.MkdirTemp(o.store, "bench-restore-"); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, os.RemoveAll(r.data)) }()
-		return r.measure(ctx)
+		defer func() { err = errors.Join(err, os.RemoveAll(e.data)) }()
+		return e.measure(ctx)
 	})
 }
 
 // measure starts the servers and runs the parts.
-func (r *env) measure(ctx context.Context) error {
-	e, endpoint, err := bench.StartEtcd(ctx, r.Etcd, r.Root)
+func (e *env) measure(ctx context.Context) error {
+	process, endpoint, err := bench.StartEtcd(ctx, e.Etcd, e.Root)
 	if err != nil {
 		return err
 	}
-	defer e.Stop()
-	r.etcdAt = endpoint
-	if r.kv, err = openEtcd(endpoint, etcdRoot); err != nil {
+	defer process.Stop()
+	e.etcdAt = endpoint
+	if e.kv, err = openEtcd(endpoint, etcdRoot); err != nil {
 		return err
 	}
-	defer func() { _ = r.kv.Close() }()
-	gateway, addr, err := bench.StartS3(ctx, r.S3, r.data, bucket)
+	defer func() { _ = e.kv.Close() }()
+	gateway, addr, err := bench.StartS3(ctx, e.S3, e.data, bucket)
 	if err != nil {
 		return err
 	}
 	defer gateway.Stop()
-	r.s3At = addr
-	if r.proxy, err = bench.StartProxy(ctx, addr); err != nil {
+	e.s3At = addr
+	if e.proxy, err = bench.StartProxy(ctx, addr); err != nil {
 		return err
 	}
-	defer r.proxy.Close()
-	if r.floor, err = startFloor(ctx, r.Root); err != nil {
+	defer e.proxy.Close()
+	if e.floor, err = startFloor(ctx, e.Root); err != nil {
 		return err
 	}
-	defer r.floor.process.Stop()
-	defer r.stop()
+	defer e.floor.process.Stop()
+	defer e.stop()
 
-	return r.RunParts(
+	return e.RunParts(
 		ctx,
-		bench.Part{Name: partSmall, Run: r.small},
-		bench.Part{Name: partMedium, Run: r.medium},
-		bench.Part{Name: partSegment, Run: r.segment},
-		bench.Part{Name: partLarge, Run: r.large},
-		bench.Part{Name: partLatency, Run: r.delayed},
-		bench.Part{Name: partMany, Run: r.many},
+		bench.Part{Name: partSmall, Run: e.small},
+		bench.Part{Name: partMedium, Run: e.medium},
+		bench.Part{Name: partSegment, Run: e.segment},
+		bench.Part{Name: partLarge, Run: e.large},
+		bench.Part{Name: partLatency, Run: e.delayed},
+		bench.Part{Name: partMany, Run: e.many},
 	)
 }
 
 // serve restarts snapshotd on an S3 server.
-func (r *env) serve(ctx context.Context, s3, root string, inFlight int) error {
-	r.stop()
+func (e *env) serve(ctx context.Context, s3, root string, inFlight int) error {
+	e.stop()
 	settings := bench.OnS3(s3)
 	if inFlight > 0 {
 		settings += fmt.Sprintf("copy_in_flight: %d\n", inFlight)
 	}
 	var err error
-	if r.server, err = bench.StartSnapshotd(ctx, r.Snapshotd, r.Root, r.etcdAt, root, settings); err != nil {
+	if e.server, err = bench.StartSnapshotd(ctx, e.Snapshotd, e.Root, e.etcdAt, root, settings); err != nil {
 		return err
 	}
-	if err := r.server.WaitServing(ctx); err != nil {
+	if err := e.server.WaitServing(ctx); err != nil {
 		return err
 	}
-	r.client, err = client.Dial(r.server.Listen, client.Options{})
+	e.client, err = client.Dial(e.server.Listen, client.Options{})
 	return err
 }
 
 // stop ends snapshotd.
-func (r *env) stop() {
-	if r.client != nil {
-		_ = r.client.Close()
-		r.client = nil
+func (e *env) stop() {
+	if e.client != nil {
+		_ = e.client.Close()
+		e.client = nil
 	}
-	if r.server != nil {
-		r.server.Stop()
-		r.server = nil
+	if e.server != nil {
+		e.server.Stop()
+		e.server = nil
 	}
 }
 
 // timed adds a bar that depends on the load of the machine. Floors are the rounds of
 // the comparison.
-func (r *env) timed(what, want, got string, ok bool, floors []float64) {
+func (e *env) timed(what, want, got string, ok bool, floors []float64) {
 	b := bench.Bar{What: what, Want: want, Got: got, OK: ok, Timed: true}
 	if !ok {
-		b.Noise = r.Noise(floors, r.Rounds, bench.MinRounds)
+		b.Noise = e.Noise(floors, e.Rounds, bench.MinRounds)
 	}
-	r.Report.Bars = append(r.Report.Bars, b)
+	e.Report.Bars = append(e.Report.Bars, b)
 }
 
 // counted adds a bar that does not depend on it.
-func (r *env) counted(what, want, got string, ok bool) {
-	r.Report.Bars = append(r.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
+func (e *env) counted(what, want, got string, ok bool) {
+	e.Report.Bars = append(e.Report.Bars, bench.Bar{What: what, Want: want, Got: got, OK: ok})
 }
 
 func openEtcd(endpoint, root string) (*etcd.Client, error) {

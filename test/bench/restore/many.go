@@ -74,29 +74,29 @@ type manyResult struct {
 
 // many measures a job of many segments: its time and memory, the size of its
 // records, and the cost of resuming it after the process is killed.
-func (r *env) many(ctx context.Context) error {
-	r.stop()
-	bits := filepath.Join(r.Root, "many")
-	c, err := r.startMany(ctx, bits)
+func (e *env) many(ctx context.Context) error {
+	e.stop()
+	bits := filepath.Join(e.Root, "many")
+	c, err := e.startMany(ctx, bits)
 	if err != nil {
 		return err
 	}
 	defer func() { c.process.Stop() }()
 	made := &manyResult{}
-	if err := c.do(ctx, manyJob{Op: "setup", Segments: r.segments}, made); err != nil {
+	if err := c.do(ctx, manyJob{Op: "setup", Segments: e.segments}, made); err != nil {
 		return err
 	}
-	r.Logf("%d segments: registered", r.segments)
-	task := manyJob{Segments: r.segments, Snapshot: made.Snapshot, First: made.First}
+	e.Logf("%d segments: registered", e.segments)
+	task := manyJob{Segments: e.segments, Snapshot: made.Snapshot, First: made.First}
 	var times []float64
 	all := &manyResult{}
-	for range r.Rounds {
+	for range e.Rounds {
 		task.Op = "restore"
 		res := &manyResult{}
 		if err := c.do(ctx, task, res); err != nil {
 			return err
 		}
-		r.Logf("%d segments: restore %s, peak heap %s", r.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
+		e.Logf("%d segments: restore %s, peak heap %s", e.segments, bench.Time(res.Seconds), bench.MiB(res.Heap))
 		times = append(times, res.Seconds)
 		all.Heap, all.JobBytes, all.TaskBytes = max(
 			all.Heap,
@@ -108,14 +108,14 @@ func (r *env) many(ctx context.Context) error {
 			all.TaskBytes,
 			res.TaskBytes,
 		)
-		if r.Since() > r.Bound-5*time.Minute { // the rest is for the restart
+		if e.Since() > e.Bound-5*time.Minute { // the rest is for the restart
 			break
 		}
 	}
-	each := bench.Median(times) / float64(r.segments)
-	r.table(tableMany).Add(
-		strconv.Itoa(r.segments),
-		strconv.Itoa(r.segments*files),
+	each := bench.Median(times) / float64(e.segments)
+	e.table(tableMany).Add(
+		strconv.Itoa(e.segments),
+		strconv.Itoa(e.segments*files),
 		bench.Time(bench.Median(times)),
 		fmt.Sprintf("%.3f", each*1000),
 		bench.MiB(all.Heap),
@@ -123,22 +123,22 @@ func (r *env) many(ctx context.Context) error {
 		strconv.Itoa(all.TaskBytes),
 		bench.LoadText(),
 	)
-	what := fmt.Sprintf("%d segments of %d files", r.segments, files)
-	r.counted(
+	what := fmt.Sprintf("%d segments of %d files", e.segments, files)
+	e.counted(
 		what+": largest record of a job or task",
 		"< 4096 bytes",
 		strconv.Itoa(max(all.JobBytes, all.TaskBytes)),
 		max(all.JobBytes, all.TaskBytes) < maxRecord,
 	)
-	if r.segments >= barSegments {
-		r.counted(what+": peak heap", "≤ 200 MiB", bench.MiB(all.Heap), all.Heap <= maxHeap)
+	if e.segments >= barSegments {
+		e.counted(what+": peak heap", "≤ 200 MiB", bench.MiB(all.Heap), all.Heap <= maxHeap)
 	}
-	r.timed(what+": time per segment", "≤ 0.4 ms", fmt.Sprintf("%.3f ms", each*1000), each <= maxEach, times)
-	return r.restart(ctx, &c, bits, task, bench.Median(times))
+	e.timed(what+": time per segment", "≤ 0.4 ms", fmt.Sprintf("%.3f ms", each*1000), each <= maxEach, times)
+	return e.restart(ctx, &c, bits, task, bench.Median(times))
 }
 
 // restart kills the process in the middle of a job and resumes it in another.
-func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task manyJob, usual float64) error {
+func (e *env) restart(ctx context.Context, c **manyProcess, bits string, task manyJob, usual float64) error {
 	task.Op = "begin"
 	begun := &manyResult{}
 	if err := (*c).do(ctx, task, begun); err != nil {
@@ -153,14 +153,14 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	}
 	(*c).process.Kill()
 	(*c).process.Stop()
-	left, err := r.unfinished(ctx, begun.Job)
+	left, err := e.unfinished(ctx, begun.Job)
 	if err != nil {
 		return err
 	}
 	if left == 0 {
 		return errors.New("the job had ended before it was interrupted")
 	}
-	next, err := r.startMany(ctx, bits)
+	next, err := e.startMany(ctx, bits)
 	if err != nil {
 		return err
 	}
@@ -170,8 +170,8 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 	if err := next.do(ctx, task, res); err != nil {
 		return err
 	}
-	r.Logf("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
-	r.counted(
+	e.Logf("killed with %d tasks left: %d writes before the first copy, at most %d for a task", left, res.All, res.Writes)
+	e.counted(
 		fmt.Sprintf(
 			"killed with %d unfinished tasks: etcd writes per task before it resumes (maximum %d)",
 			left,
@@ -185,8 +185,8 @@ func (r *env) restart(ctx context.Context, c **manyProcess, bits string, task ma
 }
 
 // unfinished returns the number of unfinished tasks of a job.
-func (r *env) unfinished(ctx context.Context, job int64) (left int, err error) {
-	kv, err := openEtcd(r.etcdAt, manyRoot)
+func (e *env) unfinished(ctx context.Context, job int64) (left int, err error) {
+	kv, err := openEtcd(e.etcdAt, manyRoot)
 	if err != nil {
 		return 0, err
 	}
@@ -213,8 +213,8 @@ type manyProcess struct {
 	out     *bufio.Reader
 }
 
-func (r *env) startMany(ctx context.Context, bits string) (*manyProcess, error) {
-	p, err := bench.StartSelf(ctx, r.Root, "many", r.etcdAt, bits)
+func (e *env) startMany(ctx context.Context, bits string) (*manyProcess, error) {
+	p, err := bench.StartSelf(ctx, e.Root, "many", e.etcdAt, bits)
 	if err != nil {
 		return nil, err
 	}

@@ -52,9 +52,9 @@ const (
 	tableMany
 )
 
-func (r *env) table(i int) *bench.Table {
-	if r.Report.Tables == nil {
-		r.Report.Tables = []bench.Table{
+func (e *env) table(i int) *bench.Table {
+	if e.Report.Tables == nil {
+		e.Report.Tables = []bench.Table{
 			{
 				Title: "Throughput",
 				Head: []string{
@@ -106,12 +106,12 @@ func (r *env) table(i int) *bench.Table {
 			},
 		}
 	}
-	return &r.Report.Tables[i]
+	return &e.Report.Tables[i]
 }
 
 // small measures many small objects.
-func (r *env) small(ctx context.Context) error {
-	return r.throughput(ctx, &class{
+func (e *env) small(ctx context.Context) error {
+	return e.throughput(ctx, &class{
 		name:     partSmall,
 		title:    fmt.Sprintf("%d × 64 KiB", smallSegments*smallFiles),
 		segments: smallSegments,
@@ -124,8 +124,8 @@ func (r *env) small(ctx context.Context) error {
 }
 
 // medium measures larger objects.
-func (r *env) medium(ctx context.Context) error {
-	return r.throughput(ctx, &class{
+func (e *env) medium(ctx context.Context) error {
+	return e.throughput(ctx, &class{
 		name:     partMedium,
 		title:    fmt.Sprintf("%d × 8 MiB", mediumSegments*mediumFiles),
 		segments: mediumSegments,
@@ -154,63 +154,63 @@ type variant struct {
 }
 
 // throughput measures restores of a class, the floor and rclone.
-func (r *env) throughput(ctx context.Context, c *class) error {
-	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
+func (e *env) throughput(ctx context.Context, c *class) error {
+	if err := e.serve(ctx, e.s3At, etcdRoot, 0); err != nil {
 		return err
 	}
 	var err error
-	if c.from, err = r.capture(ctx, r.s3At, c.segments, c.files, c.size); err != nil {
+	if c.from, err = e.capture(ctx, e.s3At, c.segments, c.files, c.size); err != nil {
 		return err
 	}
-	floorAt, err := r.best(ctx, c, func(n int) *variant { return r.floorVariant(c, n) })
+	floorAt, err := e.best(ctx, c, func(n int) *variant { return e.floorVariant(c, n) })
 	if err != nil {
 		return err
 	}
-	variants := []*variant{r.restoreVariant(c), r.floorVariant(c, floorAt)}
+	variants := []*variant{e.restoreVariant(c), e.floorVariant(c, floorAt)}
 	rcloneAt := 0
-	if r.rclone != "" {
-		other, err := startRclone(ctx, r.rclone, r.Root, r.s3At)
+	if e.rclone != "" {
+		other, err := startRclone(ctx, e.rclone, e.Root, e.s3At)
 		if err != nil {
 			return err
 		}
 		defer other.process.Stop()
-		with := func(n int) *variant { return r.rcloneVariant(c, other, n) }
-		if rcloneAt, err = r.best(ctx, c, with); err != nil {
+		with := func(n int) *variant { return e.rcloneVariant(c, other, n) }
+		if rcloneAt, err = e.best(ctx, c, with); err != nil {
 			return err
 		}
 		variants = append(variants, with(rcloneAt))
 	}
 	times := make([][]float64, len(variants))
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		took := make([]float64, len(variants))
 		order := []int{0, 1, 2}[:len(variants)]
 		if round%2 == 1 {
 			slices.Reverse(order)
 		}
 		for _, i := range order {
-			if took[i], err = r.once(ctx, c, variants[i]); err != nil {
+			if took[i], err = e.once(ctx, c, variants[i]); err != nil {
 				return err
 			}
 		}
 		for i := range variants {
-			r.Logf("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
+			e.Logf("%s: %s %s", c.title, variants[i].name, bench.Time(took[i]))
 			if round > 0 {
 				times[i] = append(times[i], took[i])
 			}
 		}
 	}
-	if err := r.profiled(ctx, c.name, func() error { _, err := r.once(ctx, c, variants[0]); return err }); err != nil {
+	if err := e.profiled(ctx, c.name, func() error { _, err := e.once(ctx, c, variants[0]); return err }); err != nil {
 		return err
 	}
-	r.judge(c, times, floorAt, rcloneAt)
+	e.judge(c, times, floorAt, rcloneAt)
 	if c.requests {
-		return r.count(ctx, c)
+		return e.count(ctx, c)
 	}
-	return r.discard(c.from.prefix, c.from.files)
+	return e.discard(c.from.prefix, c.from.files)
 }
 
 // judge adds a row and the bars of a class.
-func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
+func (e *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 	took := bench.Median(times[0])
 	floorRatio := bench.Median(bench.Ratios(times[1], times[0]))
 	row := []string{
@@ -218,7 +218,7 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 		bench.Time(bench.Median(times[1])), strconv.Itoa(floorAt), bench.Percent(bench.Spread(times[1])),
 		fmt.Sprintf("%.2f", floorRatio), "", "", "", "", bench.LoadText(),
 	}
-	r.timed(
+	e.timed(
 		c.title+": throughput / floor",
 		fmt.Sprintf("≥ %.2f", c.floor),
 		fmt.Sprintf("%.2f", floorRatio),
@@ -230,7 +230,7 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 		row[7], row[8] = bench.Time(bench.Median(times[2])), strconv.Itoa(rcloneAt)
 		row[9] = bench.Percent(bench.Spread(times[2]))
 		row[10] = fmt.Sprintf("%.2f", ratio)
-		r.timed(
+		e.timed(
 			c.title+": throughput / rclone",
 			fmt.Sprintf("≥ %.2f", c.rclone),
 			fmt.Sprintf("%.2f", ratio),
@@ -238,47 +238,47 @@ func (r *env) judge(c *class, times [][]float64, floorAt, rcloneAt int) {
 			times[2],
 		)
 	}
-	r.table(tableCopy).Add(row...)
+	e.table(tableCopy).Add(row...)
 }
 
 // best measures a variant with each number of objects in flight and returns the
 // fastest number.
-func (r *env) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
+func (e *env) best(ctx context.Context, c *class, with func(inFlight int) *variant) (int, error) {
 	sums := map[int]float64{}
 	up, down := slices.Clone(concurrencies), slices.Clone(concurrencies)
 	slices.Reverse(down)
 	for _, n := range append(up, down...) {
 		v := with(n)
-		took, err := r.once(ctx, c, v)
+		took, err := e.once(ctx, c, v)
 		if err != nil {
 			return 0, err
 		}
-		r.Logf("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
+		e.Logf("%s: %s, %d in flight: %s", c.title, v.name, n, bench.Time(took))
 		sums[n] += took
 	}
 	return slices.MinFunc(concurrencies, func(a, b int) int { return cmp.Compare(sums[a], sums[b]) }), nil
 }
 
 // once copies a class, checks that the copy is complete, and removes it.
-func (r *env) once(ctx context.Context, c *class, v *variant) (float64, error) {
+func (e *env) once(ctx context.Context, c *class, v *variant) (float64, error) {
 	took, made, err := v.run(ctx)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", v.name, err)
 	}
-	return took, r.discard(made, c.from.files)
+	return took, e.discard(made, c.from.files)
 }
 
-func (r *env) restoreVariant(c *class) *variant {
+func (e *env) restoreVariant(c *class) *variant {
 	return &variant{"restore", func(ctx context.Context) (float64, string, error) {
-		took, target, err := r.restore(ctx, c.from)
+		took, target, err := e.restore(ctx, c.from)
 		return took, fmt.Sprintf("%s%d/", c.from.prefix, target), err
 	}}
 }
 
-func (r *env) floorVariant(c *class, inFlight int) *variant {
+func (e *env) floorVariant(c *class, inFlight int) *variant {
 	return &variant{"floor", func(ctx context.Context) (float64, string, error) {
-		to := "floor/" + r.Name() + "/"
-		res, err := r.floor.do(ctx, job{Op: "copy", S3: r.s3At, Set: c.from.set, Prefix: to, InFlight: inFlight})
+		to := "floor/" + e.Name() + "/"
+		res, err := e.floor.do(ctx, job{Op: "copy", S3: e.s3At, Set: c.from.set, Prefix: to, InFlight: inFlight})
 		if err != nil {
 			return 0, "", err
 		}
@@ -286,25 +286,25 @@ func (r *env) floorVariant(c *class, inFlight int) *variant {
 	}}
 }
 
-func (r *env) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
+func (e *env) rcloneVariant(c *class, other *rclone, inFlight int) *variant {
 	return &variant{"rclone", func(ctx context.Context) (float64, string, error) {
-		to := "rclone/" + r.Name() + "/"
+		to := "rclone/" + e.Name() + "/"
 		took, err := other.copy(ctx, c.from.prefix+c.from.dir, to+c.from.dir, inFlight)
 		return took, to, err
 	}}
 }
 
 // count counts the requests of a restore.
-func (r *env) count(ctx context.Context, c *class) error {
-	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
+func (e *env) count(ctx context.Context, c *class) error {
+	if err := e.serve(ctx, e.proxy.Addr, etcdRoot, 0); err != nil {
 		return err
 	}
-	r.proxy.Drain()
-	if _, err := r.once(ctx, c, r.restoreVariant(c)); err != nil {
+	e.proxy.Drain()
+	if _, err := e.once(ctx, c, e.restoreVariant(c)); err != nil {
 		return err
 	}
 	var copies, reads, heads int
-	seen := r.proxy.Drain()
+	seen := e.proxy.Drain()
 	for _, q := range seen {
 		switch q.Method {
 		case http.MethodPut:
@@ -316,7 +316,7 @@ func (r *env) count(ctx context.Context, c *class) error {
 		}
 	}
 	each := float64(len(seen)) / float64(c.from.files)
-	r.table(tableRequests).Add(
+	e.table(tableRequests).Add(
 		c.title,
 		strconv.Itoa(len(seen)),
 		strconv.Itoa(copies),
@@ -324,32 +324,32 @@ func (r *env) count(ctx context.Context, c *class) error {
 		strconv.Itoa(heads),
 		fmt.Sprintf("%.3f", each),
 	)
-	r.counted(
+	e.counted(
 		c.title+": requests per object",
 		fmt.Sprintf("≤ %.2f", maxRequests),
 		fmt.Sprintf("%.3f", each),
 		each <= maxRequests,
 	)
-	return r.discard(c.from.prefix, c.from.files)
+	return e.discard(c.from.prefix, c.from.files)
 }
 
 // segment measures restores of one segment of three small files.
-func (r *env) segment(ctx context.Context) error {
-	if err := r.serve(ctx, r.s3At, etcdRoot, 0); err != nil {
+func (e *env) segment(ctx context.Context) error {
+	if err := e.serve(ctx, e.s3At, etcdRoot, 0); err != nil {
 		return err
 	}
-	from, err := r.capture(ctx, r.s3At, 1, 3, smallSize)
+	from, err := e.capture(ctx, e.s3At, 1, 3, smallSize)
 	if err != nil {
 		return err
 	}
 	const warm = 5
 	var times []float64
-	for i := range r.Rounds*r.calls + warm {
-		took, target, err := r.restore(ctx, from)
+	for i := range e.Rounds*e.calls + warm {
+		took, target, err := e.restore(ctx, from)
 		if err != nil {
 			return err
 		}
-		if err := r.discard(fmt.Sprintf("%s%d/", from.prefix, target), from.files); err != nil {
+		if err := e.discard(fmt.Sprintf("%s%d/", from.prefix, target), from.files); err != nil {
 			return err
 		}
 		if i >= warm {
@@ -357,8 +357,8 @@ func (r *env) segment(ctx context.Context) error {
 		}
 	}
 	median, p99 := bench.Median(times), bench.Quantile(times, 0.99)
-	r.Logf("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
-	r.table(tableOne).Add(
+	e.Logf("one segment of 3 files: %s, p99 %s", bench.Time(median), bench.Time(p99))
+	e.table(tableOne).Add(
 		"a segment of 3 files of 64 KiB",
 		strconv.Itoa(len(times)),
 		bench.Time(median),
@@ -367,17 +367,17 @@ func (r *env) segment(ctx context.Context) error {
 		"",
 		bench.LoadText(),
 	)
-	r.timed(
+	e.timed(
 		"a segment of 3 files: COMPLETED after the call, median",
 		"≤ 60 ms",
 		bench.Time(median),
 		median <= maxSegment,
 		nil,
 	)
-	r.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
-	return r.profiled(ctx, partSegment, func() error {
+	e.timed("a segment of 3 files: p99", "≤ 150 ms", bench.Time(p99), p99 <= maxSegmentP99, nil)
+	return e.profiled(ctx, partSegment, func() error {
 		for range 50 {
-			if _, _, err := r.restore(ctx, from); err != nil {
+			if _, _, err := e.restore(ctx, from); err != nil {
 				return err
 			}
 		}
@@ -387,36 +387,36 @@ func (r *env) segment(ctx context.Context) error {
 
 // large measures an object that is copied in parts, from a store where each
 // request takes its time.
-func (r *env) large(ctx context.Context) error {
-	if err := r.serve(ctx, r.proxy.Addr, etcdRoot, 0); err != nil {
+func (e *env) large(ctx context.Context) error {
+	if err := e.serve(ctx, e.proxy.Addr, etcdRoot, 0); err != nil {
 		return err
 	}
-	from, err := r.capture(ctx, r.s3At, 1, 1, largeSize)
+	from, err := e.capture(ctx, e.s3At, 1, 1, largeSize)
 	if err != nil {
 		return err
 	}
-	r.proxy.Pace(pace)
-	defer r.proxy.Pace(nil)
+	e.proxy.Pace(pace)
+	defer e.proxy.Pace(nil)
 	var restores, single []float64
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		var a, b float64
 		steps := []func() error{
 			func() error {
-				took, target, err := r.restore(ctx, from)
+				took, target, err := e.restore(ctx, from)
 				if err != nil {
 					return err
 				}
 				a = took
-				return r.discard(fmt.Sprintf("%s%d/", from.prefix, target), 1)
+				return e.discard(fmt.Sprintf("%s%d/", from.prefix, target), 1)
 			},
 			func() error {
-				to := "floor/" + r.Name() + "/"
-				res, err := r.floor.do(ctx, job{Op: "copy", S3: r.proxy.Addr, Set: from.set, Prefix: to, InFlight: 1})
+				to := "floor/" + e.Name() + "/"
+				res, err := e.floor.do(ctx, job{Op: "copy", S3: e.proxy.Addr, Set: from.set, Prefix: to, InFlight: 1})
 				if err != nil {
 					return err
 				}
 				b = res.Seconds
-				return r.discard(to, 1)
+				return e.discard(to, 1)
 			},
 		}
 		if round%2 == 1 {
@@ -427,17 +427,17 @@ func (r *env) large(ctx context.Context) error {
 				return err
 			}
 		}
-		r.Logf("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
+		e.Logf("600 MiB: restore %s, one request %s", bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, single = append(restores, a), append(single, b)
 		}
 	}
 	ratio := bench.Median(bench.Ratios(single, restores))
-	r.table(tableOne).Add("an object of 600 MiB", strconv.Itoa(len(restores)), bench.Time(bench.Median(restores)), "",
+	e.table(tableOne).Add("an object of 600 MiB", strconv.Itoa(len(restores)), bench.Time(bench.Median(restores)), "",
 		bench.Time(bench.Median(single)), fmt.Sprintf("%.2f", ratio), bench.LoadText())
-	r.timed("an object of 600 MiB, 200 ms and 100 MiB/s per request: throughput / one CopyObject", "≥ 2",
+	e.timed("an object of 600 MiB, 200 ms and 100 MiB/s per request: throughput / one CopyObject", "≥ 2",
 		fmt.Sprintf("%.2f", ratio), ratio >= minLarge, single)
-	return r.discard(from.prefix, 1)
+	return e.discard(from.prefix, 1)
 }
 
 // pace returns the minimum duration of a request: the first byte and its copy.
@@ -454,39 +454,39 @@ func pace(q *http.Request) time.Duration {
 }
 
 // delayed measures how well a restore uses its requests in flight when each is slow.
-func (r *env) delayed(ctx context.Context) error {
-	s3, err := startMemoryS3(ctx, r.Root)
+func (e *env) delayed(ctx context.Context) error {
+	s3, err := startMemoryS3(ctx, e.Root)
 	if err != nil {
 		return err
 	}
 	defer s3.process.Stop()
 	const root = etcdRoot + "-delayed"
-	if err := r.serve(ctx, s3.at, root, delayedInFlight); err != nil {
+	if err := e.serve(ctx, s3.at, root, delayedInFlight); err != nil {
 		return err
 	}
-	kv := r.kv
-	defer func() { r.kv = kv }()
-	if r.kv, err = openEtcd(r.etcdAt, root); err != nil {
+	kv := e.kv
+	defer func() { e.kv = kv }()
+	if e.kv, err = openEtcd(e.etcdAt, root); err != nil {
 		return err
 	}
-	defer func() { _ = r.kv.Close() }()
-	from, err := r.capture(ctx, s3.at, delayedSegments, delayedFiles, delayedSize)
+	defer func() { _ = e.kv.Close() }()
+	from, err := e.capture(ctx, s3.at, delayedSegments, delayedFiles, delayedSize)
 	if err != nil {
 		return err
 	}
-	if err := s3.delay(r.latency); err != nil {
+	if err := s3.delay(e.latency); err != nil {
 		return err
 	}
 	var restores, floors []float64
-	for round := range r.Rounds + 1 {
+	for round := range e.Rounds + 1 {
 		var a, b float64
 		steps := []func() error{
 			func() error {
-				a, _, err = r.restore(ctx, from)
+				a, _, err = e.restore(ctx, from)
 				return err
 			},
 			func() error {
-				res, err := r.floor.do(ctx, job{Op: "copy", S3: s3.at, Set: from.set, Prefix: "floor/", InFlight: delayedInFlight})
+				res, err := e.floor.do(ctx, job{Op: "copy", S3: s3.at, Set: from.set, Prefix: "floor/", InFlight: delayedInFlight})
 				if err == nil {
 					b = res.Seconds
 				}
@@ -501,18 +501,18 @@ func (r *env) delayed(ctx context.Context) error {
 				return err
 			}
 		}
-		r.Logf("%v added: restore %s, floor %s", r.latency, bench.Time(a), bench.Time(b))
+		e.Logf("%v added: restore %s, floor %s", e.latency, bench.Time(a), bench.Time(b))
 		if round > 0 {
 			restores, floors = append(restores, a), append(floors, b)
 		}
 	}
-	if err := r.profiled(ctx, partLatency, func() error { _, _, err := r.restore(ctx, from); return err }); err != nil {
+	if err := e.profiled(ctx, partLatency, func() error { _, _, err := e.restore(ctx, from); return err }); err != nil {
 		return err
 	}
-	ideal := float64(from.files) * r.latency.Seconds() / delayedInFlight
+	ideal := float64(from.files) * e.latency.Seconds() / delayedInFlight
 	took, floor := bench.Median(restores), bench.Median(floors)
-	r.table(tableDelayed).Add(
-		r.latency.String(),
+	e.table(tableDelayed).Add(
+		e.latency.String(),
 		strconv.Itoa(from.files),
 		strconv.Itoa(delayedInFlight),
 		bench.Time(took),
@@ -525,21 +525,21 @@ func (r *env) delayed(ctx context.Context) error {
 		bench.Percent(ideal/floor),
 		bench.LoadText(),
 	)
-	r.timed(
-		fmt.Sprintf("%v added per request, %d in flight: share of the maximum", r.latency, delayedInFlight),
+	e.timed(
+		fmt.Sprintf("%v added per request, %d in flight: share of the maximum", e.latency, delayedInFlight),
 		"≥ 88 %",
 		bench.Percent(ideal/took),
 		ideal/took >= minDelayed,
 		floors,
 	)
-	r.stop()
+	e.stop()
 	return nil
 }
 
 // profiled calls fn, with a processor profile of snapshotd if profiles are on.
-func (r *env) profiled(ctx context.Context, name string, fn func() error) error {
-	if r.profile == "" {
+func (e *env) profiled(ctx context.Context, name string, fn func() error) error {
+	if e.profile == "" {
 		return nil
 	}
-	return r.server.Profile(ctx, r.profile, name, 3, fn)
+	return e.server.Profile(ctx, e.profile, name, 3, fn)
 }

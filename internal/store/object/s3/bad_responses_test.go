@@ -59,35 +59,35 @@ func TestErrorsInSuccess(t *testing.T) {
 			for how, body := range errorsIn200(f.code) {
 				t.Run(fmt.Sprintf("%s/%s/%s/%s", late.call, late.op, f.code, how), func(t *testing.T) {
 					t.Parallel()
-					r, c := newEnvOf(t, late.call)
+					e, c := newEnvOf(t, late.call)
 					answer := s3fault.Instead(&s3fault.Answer{
 						Status: 200, Header: http.Header{"Content-Type": {"application/xml"}},
 						Body: []byte(body),
 					})
-					r.proxy.Plan(s3fault.Rule{Op: late.op, Action: answer})
-					err := c.call(t.Context(), r.store)
-					r.proxy.MustHaveFired(t)
+					e.proxy.Plan(s3fault.Rule{Op: late.op, Action: answer})
+					err := c.call(t.Context(), e.store)
+					e.proxy.MustHaveFired(t)
 					if f.want == nil && err != nil || f.want != nil && !errors.Is(err, f.want) {
 						t.Errorf("err = %v, want %v", err, f.want)
 					}
-					if n := r.proxy.Count(late.op); f.want != nil && n != 1 {
+					if n := e.proxy.Count(late.op); f.want != nil && n != 1 {
 						t.Errorf("%d attempts after a permanent error", n)
 					}
 					if err == nil {
-						c.check(t, r)
+						c.check(t, e)
 					}
-					wantNoUploads(t, r)
+					wantNoUploads(t, e)
 
-					r, c = newEnvOf(t, late.call)
-					r.proxy.Plan(s3fault.Rule{Op: late.op, Times: -1, Action: answer})
-					if err := c.call(t.Context(), r.store); err == nil {
+					e, c = newEnvOf(t, late.call)
+					e.proxy.Plan(s3fault.Rule{Op: late.op, Times: -1, Action: answer})
+					if err := c.call(t.Context(), e.store); err == nil {
 						t.Error("a permanent error is a success")
 					}
-					r.proxy.MustHaveFired(t)
-					if n := r.proxy.Count(late.op); n > 2*r.options.MaxAttempts {
+					e.proxy.MustHaveFired(t)
+					if n := e.proxy.Count(late.op); n > 2*e.options.MaxAttempts {
 						t.Errorf("%d attempts", n)
 					}
-					wantNoUploads(t, r)
+					wantNoUploads(t, e)
 				})
 			}
 		}
@@ -122,21 +122,21 @@ func TestMeaninglessResponses(t *testing.T) {
 						action = s3fault.After(answer)
 					}
 					for _, times := range []int{1, -1} {
-						r, c := newEnvOf(t, late.call)
-						r.proxy.Plan(s3fault.Rule{Op: late.op, Times: times, Action: action})
-						err := c.call(t.Context(), r.store)
-						r.proxy.MustHaveFired(t)
+						e, c := newEnvOf(t, late.call)
+						e.proxy.Plan(s3fault.Rule{Op: late.op, Times: times, Action: action})
+						err := c.call(t.Context(), e.store)
+						e.proxy.MustHaveFired(t)
 						switch {
 						case err == nil:
-							c.check(t, r)
+							c.check(t, e)
 						case times == 1:
 							t.Errorf("one such response fails the call: %v", err)
 						case strings.Contains(err.Error(), "WRONG"):
 							t.Error(err)
 						default:
-							wantClear(t, r, err)
+							wantClear(t, e, err)
 						}
-						wantNoUploads(t, r)
+						wantNoUploads(t, e)
 					}
 				})
 			}
@@ -147,7 +147,7 @@ func TestMeaninglessResponses(t *testing.T) {
 // callOf is one of the calls.
 type callOf struct {
 	call  func(ctx context.Context, s object.Store) error
-	check func(t *testing.T, r *env)
+	check func(t *testing.T, e *env)
 }
 
 // newEnvOf returns an env for one of the calls.
@@ -157,14 +157,14 @@ func newEnvOf(t *testing.T, name string) (*env, *callOf) {
 		if c.name != name {
 			continue
 		}
-		r := newEnv(t, func(o *s3.Options) {
+		e := newEnv(t, func(o *s3.Options) {
 			o.MaxAttempts = 3
 			if c.parts {
 				o.MultipartThreshold = 1
 			}
 		})
-		r.put(t, "old", "old content")
-		return r, &callOf{c.call, c.check}
+		e.put(t, "old", "old content")
+		return e, &callOf{c.call, c.check}
 	}
 	t.Fatalf("unknown call %s", name)
 	return nil, nil
@@ -195,9 +195,9 @@ func TestWrongBodies(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprintf("%s, range %v", name, ranged), func(t *testing.T) {
-				r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
-				r.put(t, "old", "old content")
-				r.proxy.Plan(s3fault.Rule{
+				e := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+				e.put(t, "old", "old content")
+				e.proxy.Plan(s3fault.Rule{
 					Op: s3fault.GetObject, Times: -1, Action: s3fault.Edit(name,
 						func(a *s3fault.Answer) bool { c.edit(a); return true }),
 				})
@@ -205,12 +205,12 @@ func TestWrongBodies(t *testing.T) {
 				if ranged {
 					from, length = 4, 3
 				}
-				body, _, err := r.store.Get(t.Context(), "old", from, length)
+				body, _, err := e.store.Get(t.Context(), "old", from, length)
 				if err == nil {
 					_, err = io.Copy(io.Discard, body)
 					err = errors.Join(err, body.Close())
 				}
-				r.proxy.MustHaveFired(t)
+				e.proxy.MustHaveFired(t)
 				if !errors.Is(err, object.ErrUnavailable) {
 					t.Errorf("err = %v, want ErrUnavailable", err)
 				}
@@ -232,22 +232,22 @@ func TestWrongHeads(t *testing.T) {
 		"another": {func(a *s3fault.Answer) { a.Header.Set("ETag", `"00000000000000000000000000000000"`) }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, call := newEnvOf(t, "CopyParts")
-			r.proxy.Plan(s3fault.Rule{
+			e, call := newEnvOf(t, "CopyParts")
+			e.proxy.Plan(s3fault.Rule{
 				Op: s3fault.HeadObject, Times: -1, Action: s3fault.Edit(name,
 					func(a *s3fault.Answer) bool { c.edit(a); return true }),
 			})
-			err := call.call(t.Context(), r.store)
-			r.proxy.MustHaveFired(t)
+			err := call.call(t.Context(), e.store)
+			e.proxy.MustHaveFired(t)
 			if !errors.Is(err, c.want) {
 				t.Errorf("err = %v, want %v", err, c.want)
 			}
 			if err == nil {
-				call.check(t, r)
+				call.check(t, e)
 			} else {
-				wantContent(t, r, "copy", "-")
+				wantContent(t, e, "copy", "-")
 			}
-			wantNoUploads(t, r)
+			wantNoUploads(t, e)
 		})
 	}
 }
@@ -255,20 +255,20 @@ func TestWrongHeads(t *testing.T) {
 // TestSkewedClock shows that different clocks fail a call once, with the remedy.
 func TestSkewedClock(t *testing.T) {
 	for _, c := range calls {
-		r := newEnv(t, func(o *s3.Options) {
+		e := newEnv(t, func(o *s3.Options) {
 			if c.parts {
 				o.MultipartThreshold = 1
 			}
 		})
-		r.put(t, "old", "old content")
-		r.put(t, "other", "other content")
-		r.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(403, "RequestTimeTooSkewed")})
-		err := c.call(t.Context(), r.store)
+		e.put(t, "old", "old content")
+		e.put(t, "other", "other content")
+		e.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(403, "RequestTimeTooSkewed")})
+		err := c.call(t.Context(), e.store)
 		if !errors.Is(err, object.ErrMisconfigured) || !strings.Contains(err.Error(), "clocks") {
 			t.Errorf("%s: err = %v", c.name, err)
 		}
 		// A HEAD has no body with the reason, so a GET follows.
-		if n := r.proxy.Fired(); n > 2 {
+		if n := e.proxy.Fired(); n > 2 {
 			t.Errorf("%s: %d requests", c.name, n)
 		}
 	}

@@ -35,9 +35,9 @@ import (
 var large = bytes.Repeat([]byte("0123456789abcdef"), 2*object.MinPartSize/16+1)[:2*object.MinPartSize+1]
 
 // putLarge writes large and returns the request to copy it to "copy", part by part.
-func (r *env) putLarge(t *testing.T) object.CopyRequest {
+func (e *env) putLarge(t *testing.T) object.CopyRequest {
 	t.Helper()
-	info, err := r.plain.Put(t.Context(), "large", large)
+	info, err := e.plain.Put(t.Context(), "large", large)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,14 +48,14 @@ func (r *env) putLarge(t *testing.T) object.CopyRequest {
 }
 
 // wantCopy checks that the copy is correct, or after an error that it is missing or correct.
-func (r *env) wantCopy(t *testing.T, err error) {
+func (e *env) wantCopy(t *testing.T, err error) {
 	t.Helper()
-	switch got := r.holds(t, "copy"); {
+	switch got := e.holds(t, "copy"); {
 	case got == "-" && err != nil:
 	case got != string(large):
 		t.Errorf("the copy has %d bytes other than its source; err = %v", len(got), err)
 	}
-	wantNoUploads(t, r)
+	wantNoUploads(t, e)
 }
 
 // during returns an action that calls do after the server has executed the request, and
@@ -66,22 +66,22 @@ func during(do func()) s3fault.Action {
 
 // A copy sends no unnecessary request.
 func TestCopyRequests(t *testing.T) {
-	r := newEnv(t, nil)
-	r.put(t, "old", "old content")
-	r.proxy.Plan()
-	if err := copyOld(t.Context(), r.store, 0, oldETag); err != nil {
+	e := newEnv(t, nil)
+	e.put(t, "old", "old content")
+	e.proxy.Plan()
+	if err := copyOld(t.Context(), e.store, 0, oldETag); err != nil {
 		t.Fatal(err)
 	}
-	if events := r.proxy.Events(); len(events) != 1 || events[0].Op != s3fault.CopyObject {
+	if events := e.proxy.Events(); len(events) != 1 || events[0].Op != s3fault.CopyObject {
 		t.Errorf("a copy in one request sends %v", events)
 	}
-	request := r.putLarge(t)
-	r.proxy.Plan()
-	if _, err := r.store.Copy(t.Context(), request); err != nil {
+	request := e.putLarge(t)
+	e.proxy.Plan()
+	if _, err := e.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
 	var ops []s3fault.Op
-	for _, e := range r.proxy.Events() {
+	for _, e := range e.proxy.Events() {
 		ops = append(ops, e.Op)
 	}
 	if diff := cmp.Diff([]s3fault.Op{
@@ -111,17 +111,17 @@ func TestCopyPartsFail(t *testing.T) {
 		for _, inFlight := range []int{1, 3} {
 			t.Run(fmt.Sprint(name, inFlight), func(t *testing.T) {
 				t.Parallel()
-				r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
-				request := r.putLarge(t)
+				e := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+				request := e.putLarge(t)
 				request.InFlight = inFlight
-				r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Skip: 1, Times: -1, Action: c.action})
-				_, err := r.store.Copy(t.Context(), request)
-				r.proxy.MustHaveFired(t)
+				e.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Skip: 1, Times: -1, Action: c.action})
+				_, err := e.store.Copy(t.Context(), request)
+				e.proxy.MustHaveFired(t)
 				if !errors.Is(err, c.want) || !strings.Contains(err.Error(), "copy large to copy") {
 					t.Errorf("err = %v, want %v", err, c.want)
 				}
-				wantContent(t, r, "copy", "-")
-				wantNoUploads(t, r)
+				wantContent(t, e, "copy", "-")
+				wantNoUploads(t, e)
 			})
 		}
 	}
@@ -130,34 +130,34 @@ func TestCopyPartsFail(t *testing.T) {
 // TestCopySourceChanges replaces or deletes the source between two parts.
 func TestCopySourceChanges(t *testing.T) {
 	for name, c := range map[string]struct {
-		change func(r *env) error
+		change func(e *env) error
 		want   error
 	}{
-		"replaced": {func(r *env) error {
-			_, err := r.plain.Put(context.Background(), "large", bytes.ToUpper(large))
+		"replaced": {func(e *env) error {
+			_, err := e.plain.Put(context.Background(), "large", bytes.ToUpper(large))
 			return err
 		}, object.ErrSourceChanged},
 		"cut": {
-			func(r *env) error { _, err := r.plain.Put(context.Background(), "large", []byte("x")); return err },
+			func(e *env) error { _, err := e.plain.Put(context.Background(), "large", []byte("x")); return err },
 			object.ErrSourceChanged,
 		},
-		"deleted": {func(r *env) error { return r.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
+		"deleted": {func(e *env) error { return e.plain.Delete(context.Background(), "large") }, object.ErrNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newEnv(t, nil)
-			request := r.putLarge(t)
-			r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
-				if err := c.change(r); err != nil {
+			e := newEnv(t, nil)
+			request := e.putLarge(t)
+			e.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
+				if err := c.change(e); err != nil {
 					t.Error(err)
 				}
 			})})
-			_, err := r.store.Copy(t.Context(), request)
-			r.proxy.MustHaveFired(t)
+			_, err := e.store.Copy(t.Context(), request)
+			e.proxy.MustHaveFired(t)
 			if !errors.Is(err, c.want) {
 				t.Errorf("err = %v, want %v", err, c.want)
 			}
-			wantContent(t, r, "copy", "-")
-			wantNoUploads(t, r)
+			wantContent(t, e, "copy", "-")
+			wantNoUploads(t, e)
 		})
 	}
 }
@@ -174,22 +174,22 @@ func TestCopyCanceled(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprint(op, skip), func(t *testing.T) {
-				r := newEnv(t, nil)
-				request := r.putLarge(t)
+				e := newEnv(t, nil)
+				request := e.putLarge(t)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				// If Copy does not wait for the response, the proxy counts too late.
 				var fired atomic.Bool
-				r.proxy.Plan(s3fault.Rule{Op: op, Skip: skip, Action: during(func() { fired.Store(true); cancel() })})
-				_, err := r.store.Copy(ctx, request)
+				e.proxy.Plan(s3fault.Rule{Op: op, Skip: skip, Action: during(func() { fired.Store(true); cancel() })})
+				_, err := e.store.Copy(ctx, request)
 				if !fired.Load() {
-					t.Errorf("the context did not end; requests: %v", r.proxy.Events())
+					t.Errorf("the context did not end; requests: %v", e.proxy.Events())
 				}
 				if err != nil && !errors.Is(err, context.Canceled) {
 					t.Errorf("err = %v, want Canceled", err)
 				}
-				r.wantCopy(t, err)
-				if n := r.proxy.Count(s3fault.ListMultipartUploads); n != 0 {
+				e.wantCopy(t, err)
+				if n := e.proxy.Count(s3fault.ListMultipartUploads); n != 0 {
 					t.Errorf("%d lists of uploads, so Copy did not wait for a response", n)
 				}
 			})
@@ -198,22 +198,22 @@ func TestCopyCanceled(t *testing.T) {
 	// Several parts are in flight, and one never completes.
 	for name, action := range map[string]s3fault.Action{"hang": s3fault.Hang(), "hang after": s3fault.HangAfter()} {
 		t.Run(name, func(t *testing.T) {
-			r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
-			request := r.putLarge(t)
+			e := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			request := e.putLarge(t)
 			request.InFlight = 3
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			r.proxy.Plan(
+			e.proxy.Plan(
 				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: action},
 				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(cancel)},
 			)
-			_, err := r.store.Copy(ctx, request)
-			r.proxy.MustHaveFired(t)
+			_, err := e.store.Copy(ctx, request)
+			e.proxy.MustHaveFired(t)
 			if !errors.Is(err, context.Canceled) {
 				t.Errorf("err = %v, want Canceled", err)
 			}
-			r.wantCopy(t, err)
-			if n := r.proxy.Count(s3fault.ListMultipartUploads); n == 0 {
+			e.wantCopy(t, err)
+			if n := e.proxy.Count(s3fault.ListMultipartUploads); n == 0 {
 				t.Error("no list of uploads, although the late part may have recreated the upload")
 			}
 		})
@@ -240,12 +240,12 @@ func TestCopyWholeCanceled(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newEnv(t, nil)
-			r.put(t, "old", "old content")
+			e := newEnv(t, nil)
+			e.put(t, "old", "old content")
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			returned := make(chan struct{})
-			r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("cancel", func(a *s3fault.Answer) bool {
+			e.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("cancel", func(a *s3fault.Answer) bool {
 				cancel()
 				timer := time.NewTimer(300 * time.Millisecond)
 				defer timer.Stop()
@@ -257,16 +257,16 @@ func TestCopyWholeCanceled(t *testing.T) {
 				c.answer(a)
 				return true
 			})})
-			err := copyOld(ctx, r.store, 0, oldETag)
+			err := copyOld(ctx, e.store, 0, oldETag)
 			close(returned)
-			r.proxy.MustHaveFired(t)
+			e.proxy.MustHaveFired(t)
 			if !errors.Is(err, c.want) {
 				t.Errorf("err = %v, want %v", err, c.want)
 			}
-			if n := r.proxy.Count(s3fault.CopyObject); n != 1 {
+			if n := e.proxy.Count(s3fault.CopyObject); n != 1 {
 				t.Errorf("%d requests", n)
 			}
-			wantContent(t, r, "copy", "old content")
+			wantContent(t, e, "copy", "old content")
 		})
 	}
 }
@@ -275,18 +275,18 @@ func TestCopyWholeCanceled(t *testing.T) {
 // has three request timeouts; after the end of the context it has one.
 func TestCopyOutlivesItsContextBriefly(t *testing.T) {
 	const request = 2 * time.Second
-	r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = request })
+	e := newEnv(t, func(o *s3.Options) { o.RequestTimeout = request })
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	r.put(t, "old", "old content")
+	e.put(t, "old", "old content")
 	returned := make(chan struct{})
-	r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("hold", func(*s3fault.Answer) bool {
+	e.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Action: s3fault.Edit("hold", func(*s3fault.Answer) bool {
 		cancel()
 		<-returned
 		return true
 	})})
 	began := time.Now()
-	err := copyOld(ctx, r.store, 0, oldETag)
+	err := copyOld(ctx, e.store, 0, oldETag)
 	close(returned)
 	if took := time.Since(began); took > 5*request/2 {
 		t.Errorf("took %v", took)
@@ -301,13 +301,13 @@ func TestCopyOutlivesItsContextBriefly(t *testing.T) {
 func TestCopyAbortsLast(t *testing.T) {
 	for _, cancels := range []bool{false, true} {
 		t.Run(fmt.Sprint(cancels), func(t *testing.T) {
-			r := newEnv(t, nil)
-			request := r.putLarge(t)
+			e := newEnv(t, nil)
+			request := e.putLarge(t)
 			request.InFlight = 2
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			failed, aborted := make(chan struct{}), make(chan struct{})
-			r.proxy.Plan(
+			e.proxy.Plan(
 				s3fault.Rule{Op: s3fault.UploadPartCopy, Action: during(func() {
 					<-failed
 					timer := time.NewTimer(300 * time.Millisecond)
@@ -329,15 +329,15 @@ func TestCopyAbortsLast(t *testing.T) {
 				})},
 				s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: during(func() { close(aborted) })},
 			)
-			if _, err := r.store.Copy(ctx, request); !errors.Is(err, map[bool]error{
+			if _, err := e.store.Copy(ctx, request); !errors.Is(err, map[bool]error{
 				false: object.ErrDenied,
 				true:  context.Canceled,
 			}[cancels]) {
 				t.Errorf("err = %v", err)
 			}
-			r.proxy.MustHaveFired(t)
-			wantContent(t, r, "copy", "-")
-			wantNoUploads(t, r)
+			e.proxy.MustHaveFired(t)
+			wantContent(t, e, "copy", "-")
+			wantNoUploads(t, e)
 		})
 	}
 }
@@ -351,62 +351,62 @@ func TestCopyAbortsItsUpload(t *testing.T) {
 		"HTML instead": s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}), "hang": s3fault.Hang(),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
-			r.put(t, "old", "old content")
-			r.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: action})
-			if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
+			e := newEnv(t, func(o *s3.Options) { o.RequestTimeout = 300 * time.Millisecond })
+			e.put(t, "old", "old content")
+			e.proxy.Plan(denied, s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: action})
+			if err := copyOld(t.Context(), e.store, 1, ""); !errors.Is(err, object.ErrDenied) {
 				t.Errorf("err = %v, want ErrDenied", err)
 			}
-			r.proxy.MustHaveFired(t)
-			wantNoUploads(t, r)
+			e.proxy.MustHaveFired(t)
+			wantNoUploads(t, e)
 		})
 	}
 	t.Run("permanent", func(t *testing.T) {
-		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
-		r.put(t, "old", "old content")
-		r.proxy.Plan(denied, s3fault.Rule{
+		e := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+		e.put(t, "old", "old content")
+		e.proxy.Plan(denied, s3fault.Rule{
 			Op: s3fault.AbortMultipartUpload, Times: -1,
 			Action: s3fault.Status(503, "SlowDown"),
 		})
-		if err := copyOld(t.Context(), r.store, 1, ""); !errors.Is(err, object.ErrDenied) {
+		if err := copyOld(t.Context(), e.store, 1, ""); !errors.Is(err, object.ErrDenied) {
 			t.Errorf("err = %v, want ErrDenied", err)
 		}
-		r.proxy.MustHaveFired(t)
-		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 0 || !errors.Is(err, object.ErrUnavailable) {
+		e.proxy.MustHaveFired(t)
+		if n, err := e.store.AbortUploads(t.Context(), "", time.Time{}); n != 0 || !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("AbortUploads: %d, err = %v, want ErrUnavailable", n, err)
 		}
-		if n, err := r.plain.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
+		if n, err := e.plain.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
 			t.Errorf("AbortUploads: %d, %v, want the one that stayed", n, err)
 		}
-		wantNoUploads(t, r)
+		wantNoUploads(t, e)
 	})
 	// A duplicated request begins an upload that only a list shows.
 	t.Run("begun twice", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.put(t, "old", "old content")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Duplicate()})
-		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+		e := newEnv(t, nil)
+		e.put(t, "old", "old content")
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Duplicate()})
+		if err := copyOld(t.Context(), e.store, 1, oldPartsETag); err != nil {
 			t.Fatal(err)
 		}
-		r.proxy.MustHaveFired(t)
-		wantContent(t, r, "copy", "old content")
-		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
+		e.proxy.MustHaveFired(t)
+		wantContent(t, e, "copy", "old content")
+		if n, err := e.store.AbortUploads(t.Context(), "", time.Time{}); n != 1 || err != nil {
 			t.Errorf("AbortUploads: %d, %v, want the duplicate", n, err)
 		}
-		wantNoUploads(t, r)
-		wantContent(t, r, "copy", "old content")
+		wantNoUploads(t, e)
+		wantContent(t, e, "copy", "old content")
 	})
 	t.Run("list denied", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.put(t, "old", "old content")
-		r.proxy.Plan(
+		e := newEnv(t, nil)
+		e.put(t, "old", "old content")
+		e.proxy.Plan(
 			s3fault.Rule{Op: s3fault.CreateMultipartUpload, Action: s3fault.Lost()},
 			s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: s3fault.Status(403, "AccessDenied")},
 		)
-		if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+		if err := copyOld(t.Context(), e.store, 1, oldPartsETag); err != nil {
 			t.Errorf("the copy is correct: %v", err)
 		}
-		r.proxy.MustHaveFired(t)
+		e.proxy.MustHaveFired(t)
 	})
 }
 
@@ -459,63 +459,63 @@ func TestCopyRestarts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
-			request := r.putLarge(t)
-			r.proxy.Plan(c.rules...)
-			info, err := r.store.Copy(t.Context(), request)
+			e := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+			request := e.putLarge(t)
+			e.proxy.Plan(c.rules...)
+			info, err := e.store.Copy(t.Context(), request)
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.proxy.MustHaveFired(t)
-			if n := r.proxy.Count(s3fault.CreateMultipartUpload); n != c.uploads {
+			e.proxy.MustHaveFired(t)
+			if n := e.proxy.Count(s3fault.CreateMultipartUpload); n != c.uploads {
 				t.Errorf("%d uploads, want %d", n, c.uploads)
 			}
-			r.wantCopy(t, nil)
-			if head, err := r.plain.Head(t.Context(), "copy"); err != nil || head.ETag != info.ETag || head.Size != info.Size ||
+			e.wantCopy(t, nil)
+			if head, err := e.plain.Head(t.Context(), "copy"); err != nil || head.ETag != info.ETag || head.Size != info.Size ||
 				head.SourceETag != request.SourceETag {
 				t.Errorf("Copy says %+v, Head %+v, %v", info, head, err)
 			}
 		})
 	}
 	t.Run("another object exists", func(t *testing.T) {
-		r := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
-		request := r.putLarge(t)
-		r.put(t, "copy", string(bytes.ToUpper(large)))
-		r.proxy.Plan(
+		e := newEnv(t, func(o *s3.Options) { o.MaxAttempts = 2 })
+		request := e.putLarge(t)
+		e.put(t, "copy", string(bytes.ToUpper(large)))
+		e.proxy.Plan(
 			s3fault.Rule{Op: s3fault.CompleteMultipartUpload, Times: -1, Action: s3fault.Instead(&s3fault.Answer{Status: 200})},
 			s3fault.Rule{
 				Op: s3fault.HeadObject, Key: regexp.MustCompile("^copy$"), Times: -1,
 				Action: s3fault.StripAnswer("X-Amz-Checksum-Crc32"),
 			},
 		)
-		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) ||
+		if _, err := e.store.Copy(t.Context(), request); !errors.Is(err, object.ErrUnavailable) ||
 			!strings.Contains(err.Error(), "may have been copied") {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
-		r.proxy.MustHaveFired(t)
-		wantNoUploads(t, r)
+		e.proxy.MustHaveFired(t)
+		wantNoUploads(t, e)
 	})
 }
 
 // TestCopyIgnoredConditions copies on a server that ignores conditions. A copy of another
 // version than the requested one fails.
 func TestCopyIgnoredConditions(t *testing.T) {
-	r := newEnv(t, nil)
-	r.put(t, "old", "new content")
-	strip := s3fault.StripRequest("X-Amz-Copy-Source-If-Match", r.options.AccessKeyID, string(r.options.SecretAccessKey))
+	e := newEnv(t, nil)
+	e.put(t, "old", "new content")
+	strip := s3fault.StripRequest("X-Amz-Copy-Source-If-Match", e.options.AccessKeyID, string(e.options.SecretAccessKey))
 	for _, threshold := range []int64{0, 1} {
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip},
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.CopyObject, Times: -1, Action: strip},
 			s3fault.Rule{Op: s3fault.UploadPartCopy, Times: -1, Action: strip})
 		request := object.CopyRequest{
 			From: "old", To: "copy", SourceETag: oldETag, Size: 11,
 			Parts: object.CopyParts{Threshold: threshold},
 		}
-		_, err := r.store.Copy(t.Context(), request)
+		_, err := e.store.Copy(t.Context(), request)
 		if !errors.Is(err, object.ErrSourceChanged) || !strings.Contains(err.Error(), "ignored the condition") {
 			t.Errorf("without the condition: err = %v, want ErrSourceChanged", err)
 		}
-		r.proxy.Plan()
-		if _, err := r.store.Copy(t.Context(), request); !errors.Is(err, object.ErrSourceChanged) {
+		e.proxy.Plan()
+		if _, err := e.store.Copy(t.Context(), request); !errors.Is(err, object.ErrSourceChanged) {
 			t.Errorf("with the condition: err = %v, want ErrSourceChanged", err)
 		}
 	}
@@ -523,26 +523,26 @@ func TestCopyIgnoredConditions(t *testing.T) {
 
 // TestCopyWrongChecksum makes a server return another checksum than the source's.
 func TestCopyWrongChecksum(t *testing.T) {
-	r := newEnv(t, nil)
+	e := newEnv(t, nil)
 	if _, err := s3test.Shared(t).Client().PutObject(t.Context(), &awss3.PutObjectInput{
-		Bucket: &r.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"),
+		Bucket: &e.options.Bucket, Key: aws.String("old"), Body: strings.NewReader("old content"),
 		ChecksumAlgorithm: "CRC64NVME",
 	}); err != nil {
 		t.Fatal(err)
 	}
-	head, err := r.plain.Head(t.Context(), "old")
+	head, err := e.plain.Head(t.Context(), "old")
 	if err != nil || !strings.HasPrefix(head.Checksum, "CRC64NVME:") {
 		t.Fatalf("%+v, %v", head, err)
 	}
-	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); err != nil {
+	if err := copyOld(t.Context(), e.store, 1, oldPartsETag); err != nil {
 		t.Fatal(err)
 	}
-	if target, err := r.plain.Head(t.Context(), "copy"); err != nil || target.Checksum != head.Checksum ||
+	if target, err := e.plain.Head(t.Context(), "copy"); err != nil || target.Checksum != head.Checksum ||
 		!object.ProvedEqual(head, target) {
 		t.Errorf("%+v of %+v, %v", target, head, err)
 	}
 	_, text, _ := strings.Cut(head.Checksum, ":")
-	r.proxy.Plan(s3fault.Rule{
+	e.proxy.Plan(s3fault.Rule{
 		Op: s3fault.CompleteMultipartUpload, Times: -1,
 		Action: s3fault.Edit("checksum", func(a *s3fault.Answer) bool {
 			body := bytes.ReplaceAll(a.Body, []byte(text), []byte("AAAAAAAAAAA="))
@@ -551,20 +551,20 @@ func TestCopyWrongChecksum(t *testing.T) {
 			return fired
 		}),
 	})
-	if err := copyOld(t.Context(), r.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) ||
+	if err := copyOld(t.Context(), e.store, 1, oldPartsETag); !errors.Is(err, object.ErrUnavailable) ||
 		!strings.Contains(err.Error(), "checksum") {
 		t.Errorf("err = %v, want ErrUnavailable", err)
 	}
-	r.proxy.MustHaveFired(t)
-	wantNoUploads(t, r)
+	e.proxy.MustHaveFired(t)
+	wantNoUploads(t, e)
 }
 
 // TestCopyKeepsMetadata compares metadata, headers and tags.
 func TestCopyKeepsMetadata(t *testing.T) {
-	r := newEnv(t, nil)
+	e := newEnv(t, nil)
 	client := s3test.Shared(t).Client()
 	put, err := client.PutObject(t.Context(), &awss3.PutObjectInput{
-		Bucket: &r.options.Bucket, Key: aws.String("src"), Body: strings.NewReader("tagged"),
+		Bucket: &e.options.Bucket, Key: aws.String("src"), Body: strings.NewReader("tagged"),
 		Metadata:    map[string]string{"engine": "milvus 2.6", "x-y": "é & co"},
 		ContentType: aws.String("application/x-binlog"), CacheControl: aws.String("max-age=7"),
 		ContentEncoding:    aws.String("identity"),
@@ -581,11 +581,11 @@ func TestCopyKeepsMetadata(t *testing.T) {
 		Tags                                              map[string]string
 	}
 	look := func(key string) properties {
-		head, err := client.HeadObject(t.Context(), &awss3.HeadObjectInput{Bucket: &r.options.Bucket, Key: &key})
+		head, err := client.HeadObject(t.Context(), &awss3.HeadObjectInput{Bucket: &e.options.Bucket, Key: &key})
 		if err != nil {
 			t.Fatal(err)
 		}
-		tags, err := client.GetObjectTagging(t.Context(), &awss3.GetObjectTaggingInput{Bucket: &r.options.Bucket, Key: &key})
+		tags, err := client.GetObjectTagging(t.Context(), &awss3.GetObjectTaggingInput{Bucket: &e.options.Bucket, Key: &key})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -601,7 +601,7 @@ func TestCopyKeepsMetadata(t *testing.T) {
 		return p
 	}
 	request := object.CopyRequest{From: "src", To: "whole", SourceETag: strings.Trim(*put.ETag, `"`), Size: 6}
-	if _, err := r.store.Copy(t.Context(), request); err != nil {
+	if _, err := e.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
 	want := look("src")
@@ -612,7 +612,7 @@ func TestCopyKeepsMetadata(t *testing.T) {
 		t.Errorf("a copy in one request (-want +got):\n%s", diff)
 	}
 	request.To, request.Parts.Threshold = "parts", 1
-	if _, err := r.store.Copy(t.Context(), request); err != nil {
+	if _, err := e.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
 	want.Metadata["snapshotd-source-etag"] = request.SourceETag // stored: never rename
@@ -621,7 +621,7 @@ func TestCopyKeepsMetadata(t *testing.T) {
 	}
 
 	// A copy of the copy has the ETag of its own source.
-	again, err := r.store.Head(t.Context(), "parts")
+	again, err := e.store.Head(t.Context(), "parts")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -629,7 +629,7 @@ func TestCopyKeepsMetadata(t *testing.T) {
 		From: "parts", To: "again", SourceETag: again.ETag, Size: 6,
 		Parts: object.CopyParts{Threshold: 1},
 	}
-	if _, err := r.store.Copy(t.Context(), request); err != nil {
+	if _, err := e.store.Copy(t.Context(), request); err != nil {
 		t.Fatal(err)
 	}
 	want.Metadata["snapshotd-source-etag"] = again.ETag
@@ -639,14 +639,14 @@ func TestCopyKeepsMetadata(t *testing.T) {
 
 	// Unreadable tags are omitted.
 	for i, code := range []string{"AccessDenied", "NotImplemented", "MethodNotAllowed", "NoSuchTagSet"} {
-		r.proxy.Plan(s3fault.Rule{
+		e.proxy.Plan(s3fault.Rule{
 			Op: s3fault.GetObjectTagging, Times: -1,
 			Action: s3fault.Status([]int{403, 501, 405, 404}[i], code),
 		})
-		if _, err := r.store.Copy(t.Context(), request); err != nil {
+		if _, err := e.store.Copy(t.Context(), request); err != nil {
 			t.Errorf("%s: %v", code, err)
 		}
-		r.proxy.MustHaveFired(t)
+		e.proxy.MustHaveFired(t)
 		if got := look("again"); len(got.Tags) != 0 || got.Type != want.Type {
 			t.Errorf("%s: %+v", code, got)
 		}
@@ -764,8 +764,8 @@ func TestCopyOfFiveGiB(t *testing.T) {
 
 // TestHeadInfo checks the fields that only Head returns.
 func TestHeadInfo(t *testing.T) {
-	r := newEnv(t, nil)
-	r.put(t, "old", "old content")
+	e := newEnv(t, nil)
+	e.put(t, "old", "old content")
 	for name, c := range map[string]struct {
 		header map[string]string
 		want   func(*object.Info)
@@ -803,7 +803,7 @@ func TestHeadInfo(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
+			e.proxy.Plan(s3fault.Rule{Op: s3fault.HeadObject, Action: s3fault.Edit("headers", func(a *s3fault.Answer) bool {
 				for _, sum := range []string{"X-Amz-Checksum-Crc32", "X-Amz-Checksum-Type"} { // those of the object itself
 					a.Header.Del(sum)
 				}
@@ -812,7 +812,7 @@ func TestHeadInfo(t *testing.T) {
 				}
 				return true
 			})})
-			got, err := r.store.Head(t.Context(), "old")
+			got, err := e.store.Head(t.Context(), "old")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -826,12 +826,12 @@ func TestHeadInfo(t *testing.T) {
 }
 
 // begin begins uploads and leaves them open.
-func (r *env) begin(t *testing.T, keys ...string) {
+func (e *env) begin(t *testing.T, keys ...string) {
 	t.Helper()
 	client := s3test.Shared(t).Client()
 	for _, key := range keys {
 		if _, err := client.CreateMultipartUpload(t.Context(), &awss3.CreateMultipartUploadInput{
-			Bucket: &r.options.Bucket,
+			Bucket: &e.options.Bucket,
 			Key:    &key,
 		}); err != nil {
 			t.Fatal(err)
@@ -839,7 +839,7 @@ func (r *env) begin(t *testing.T, keys ...string) {
 	}
 }
 
-func (r *env) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, want int) {
+func (e *env) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, want int) {
 	t.Helper()
 	if n, err := s.AbortUploads(t.Context(), prefix, before); n != want || err != nil {
 		t.Errorf("%q, begun before %v: %d aborted, %v; want %d", prefix, before, n, err, want)
@@ -847,54 +847,54 @@ func (r *env) abort(t *testing.T, s *s3.Store, prefix string, before time.Time, 
 }
 
 func TestAbortUploads(t *testing.T) {
-	r := newEnv(t, nil)
-	r.put(t, "a/1", "kept")
-	r.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
-	r.abort(t, r.store, "c/", time.Time{}, 0)
-	r.abort(t, r.store, "a/", time.Now().Add(-time.Hour), 0)
-	if at, err := r.store.OldestUpload(t.Context(), "a/"); err != nil || time.Since(at).Abs() > time.Hour {
+	e := newEnv(t, nil)
+	e.put(t, "a/1", "kept")
+	e.begin(t, "a/1", "a/1", "a/2/x", "a/b +%é?", "ab", "b/1")
+	e.abort(t, e.store, "c/", time.Time{}, 0)
+	e.abort(t, e.store, "a/", time.Now().Add(-time.Hour), 0)
+	if at, err := e.store.OldestUpload(t.Context(), "a/"); err != nil || time.Since(at).Abs() > time.Hour {
 		t.Errorf("the oldest upload is of %v, err = %v", at, err)
 	}
-	if at, err := r.store.OldestUpload(t.Context(), "c/"); err != nil || !at.IsZero() {
+	if at, err := e.store.OldestUpload(t.Context(), "c/"); err != nil || !at.IsZero() {
 		t.Errorf("without uploads the oldest is of %v, err = %v", at, err)
 	}
-	o := r.options
+	o := e.options
 	o.Prefix = "a/2/"
-	r.abort(t, s3test.Open(t, o), "", time.Time{}, 1)
-	r.abort(t, r.store, "a/", time.Now().Add(time.Hour), 3)
-	r.abort(t, r.store, "a/", time.Time{}, 0)
-	r.abort(t, r.store, "", time.Time{}, 2)
-	wantNoUploads(t, r)
-	wantContent(t, r, "a/1", "kept")
+	e.abort(t, s3test.Open(t, o), "", time.Time{}, 1)
+	e.abort(t, e.store, "a/", time.Now().Add(time.Hour), 3)
+	e.abort(t, e.store, "a/", time.Time{}, 0)
+	e.abort(t, e.store, "", time.Time{}, 2)
+	wantNoUploads(t, e)
+	wantContent(t, e, "a/1", "kept")
 
 	t.Run("unknown upload", func(t *testing.T) {
-		r.begin(t, "a", "b")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()},
+		e.begin(t, "a", "b")
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Duplicate()},
 			s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Lost()})
-		r.abort(t, r.store, "", time.Time{}, 2)
-		r.proxy.MustHaveFired(t)
-		wantNoUploads(t, r)
+		e.abort(t, e.store, "", time.Time{}, 2)
+		e.proxy.MustHaveFired(t)
+		wantNoUploads(t, e)
 	})
 	t.Run("one is denied", func(t *testing.T) {
-		r.begin(t, "a", "b", "c")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Status(403, "AccessDenied")})
-		if n, err := r.store.AbortUploads(t.Context(), "", time.Time{}); n != 2 || !errors.Is(err, object.ErrDenied) {
+		e.begin(t, "a", "b", "c")
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.AbortMultipartUpload, Action: s3fault.Status(403, "AccessDenied")})
+		if n, err := e.store.AbortUploads(t.Context(), "", time.Time{}); n != 2 || !errors.Is(err, object.ErrDenied) {
 			t.Errorf("%d, err = %v, want 2 and ErrDenied", n, err)
 		}
-		r.proxy.MustHaveFired(t)
-		r.abort(t, r.plain, "", time.Time{}, 1)
+		e.proxy.MustHaveFired(t)
+		e.abort(t, e.plain, "", time.Time{}, 1)
 	})
 	t.Run("abort without effect", func(t *testing.T) {
-		r.begin(t, "a")
-		r.proxy.Plan(s3fault.Rule{
+		e.begin(t, "a")
+		e.proxy.Plan(s3fault.Rule{
 			Op: s3fault.AbortMultipartUpload, Times: -1,
 			Action: s3fault.Instead(&s3fault.Answer{Status: 204}),
 		})
-		if _, err := r.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
+		if _, err := e.store.AbortUploads(t.Context(), "", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
-		r.proxy.MustHaveFired(t)
-		r.abort(t, r.plain, "", time.Time{}, 1)
+		e.proxy.MustHaveFired(t)
+		e.abort(t, e.plain, "", time.Time{}, 1)
 	})
 	t.Run("more than a page", func(t *testing.T) {
 		const n = 1050
@@ -902,17 +902,17 @@ func TestAbortUploads(t *testing.T) {
 		for w := range 10 {
 			wg.Go(func() {
 				for i := range n / 10 {
-					r.begin(t, fmt.Sprintf("p/%d", (i*10+w)%700)) // up to two of a key
+					e.begin(t, fmt.Sprintf("p/%d", (i*10+w)%700)) // up to two of a key
 				}
 			})
 		}
 		wg.Wait()
-		r.proxy.Plan()
-		r.abort(t, r.store, "p/", time.Time{}, n)
-		if n := r.proxy.Count(s3fault.ListMultipartUploads); n < 3 {
+		e.proxy.Plan()
+		e.abort(t, e.store, "p/", time.Time{}, n)
+		if n := e.proxy.Count(s3fault.ListMultipartUploads); n < 3 {
 			t.Errorf("%d lists, so no second page was read", n)
 		}
-		wantNoUploads(t, r)
+		wantNoUploads(t, e)
 	})
 	// The second page is read if the first has no match.
 	t.Run("a second page", func(t *testing.T) {
@@ -923,7 +923,7 @@ func TestAbortUploads(t *testing.T) {
 			Bucket: "bucket", Endpoint: server.URL, PathStyle: true, AccessKeyID: "id",
 			SecretAccessKey: "secret",
 		})
-		r.abort(t, s, "a/", time.Date(2026, 11, 2, 0, 0, 0, 0, time.UTC), 1)
+		e.abort(t, s, "a/", time.Date(2026, 11, 2, 0, 0, 0, 0, time.UTC), 1)
 		want := []string{"GET  ", "GET a/b c 2", "DELETE  ", "GET  ", "GET a/b c 2"}
 		if diff := cmp.Diff(want, pages.seen); diff != "" {
 			t.Errorf("requests (-want +got):\n%s", diff)
@@ -945,18 +945,18 @@ func TestAbortUploads(t *testing.T) {
 		"no key":       s3fault.Status(404, "NoSuchKey"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newEnv(t, nil)
-			r.begin(t, "a/1")
-			r.proxy.Plan(s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: action})
-			if _, err := r.store.AbortUploads(t.Context(), "a/", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
+			e := newEnv(t, nil)
+			e.begin(t, "a/1")
+			e.proxy.Plan(s3fault.Rule{Op: s3fault.ListMultipartUploads, Times: -1, Action: action})
+			if _, err := e.store.AbortUploads(t.Context(), "a/", time.Time{}); !errors.Is(err, object.ErrUnavailable) {
 				t.Errorf("err = %v, want ErrUnavailable", err)
 			}
-			r.proxy.MustHaveFired(t)
+			e.proxy.MustHaveFired(t)
 			left := 1
 			if name == "no end" { // uploads of the first page are aborted
 				left = 0
 			}
-			r.abort(t, r.plain, "a/", time.Time{}, left)
+			e.abort(t, e.plain, "a/", time.Time{}, left)
 		})
 	}
 }

@@ -48,28 +48,28 @@ type env struct {
 func newEnv(t *testing.T, change func(*s3.Options)) *env {
 	t.Helper()
 	o := s3test.Bucket(t)
-	r := &env{proxy: s3fault.New(t, o.Endpoint), plain: s3test.Open(t, o)}
-	o.Endpoint = r.proxy.URL()
+	e := &env{proxy: s3fault.New(t, o.Endpoint), plain: s3test.Open(t, o)}
+	o.Endpoint = e.proxy.URL()
 	o.RequestTimeout = 30 * time.Second // long enough for a busy machine; tests of hanging servers shorten it
 	if change != nil {
 		change(&o)
 	}
-	r.options = o
-	r.store = s3test.Open(t, o)
-	return r
+	e.options = o
+	e.store = s3test.Open(t, o)
+	return e
 }
 
-func (r *env) put(t *testing.T, key, body string) {
+func (e *env) put(t *testing.T, key, body string) {
 	t.Helper()
-	if _, err := r.plain.Put(t.Context(), key, []byte(body)); err != nil {
+	if _, err := e.plain.Put(t.Context(), key, []byte(body)); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // holds returns the content of a key, or "-" if it does not exist.
-func (r *env) holds(t *testing.T, key string) string {
+func (e *env) holds(t *testing.T, key string) string {
 	t.Helper()
-	body, err := read(t.Context(), r.plain, key)
+	body, err := read(t.Context(), e.plain, key)
 	if errors.Is(err, object.ErrNotFound) {
 		return "-"
 	}
@@ -112,8 +112,8 @@ var calls = []struct {
 	ops    []s3fault.Op
 	parts  bool
 	call   func(ctx context.Context, s object.Store) error
-	check  func(t *testing.T, r *env)
-	always func(t *testing.T, r *env)
+	check  func(t *testing.T, e *env)
+	always func(t *testing.T, e *env)
 }{
 	{
 		name: "Put", ops: []s3fault.Op{s3fault.PutObject},
@@ -121,7 +121,7 @@ var calls = []struct {
 			_, err := s.Put(ctx, "old", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "new content") },
+		check: func(t *testing.T, e *env) { wantContent(t, e, "old", "new content") },
 	},
 	{
 		name: "Create", ops: []s3fault.Op{s3fault.PutObject},
@@ -129,7 +129,7 @@ var calls = []struct {
 			_, err := s.Create(ctx, "new", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *env) { wantContent(t, r, "new", "new content") },
+		check: func(t *testing.T, e *env) { wantContent(t, e, "new", "new content") },
 	},
 	{
 		name: "PutParts", parts: true,
@@ -138,7 +138,7 @@ var calls = []struct {
 			_, err := s.Put(ctx, "old", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "new content") },
+		check: func(t *testing.T, e *env) { wantContent(t, e, "old", "new content") },
 	},
 	{
 		name: "CreateParts", parts: true,
@@ -147,7 +147,7 @@ var calls = []struct {
 			_, err := s.Create(ctx, "new", []byte("new content"))
 			return err
 		},
-		check: func(t *testing.T, r *env) { wantContent(t, r, "new", "new content") },
+		check: func(t *testing.T, e *env) { wantContent(t, e, "new", "new content") },
 	},
 	{
 		name: "Get", ops: []s3fault.Op{s3fault.GetObject},
@@ -212,15 +212,15 @@ var calls = []struct {
 	{
 		name: "Delete", ops: []s3fault.Op{s3fault.DeleteObjects},
 		call:  func(ctx context.Context, s object.Store) error { return s.Delete(ctx, "old", "missing") },
-		check: func(t *testing.T, r *env) { wantContent(t, r, "old", "-"); wantContent(t, r, "other", "other content") },
+		check: func(t *testing.T, e *env) { wantContent(t, e, "old", "-"); wantContent(t, e, "other", "other content") },
 	},
 	{
 		name: "Copy", ops: []s3fault.Op{s3fault.CopyObject},
 		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 0, oldETag) },
-		check: func(t *testing.T, r *env) { wantContent(t, r, "copy", "old content") },
-		always: func(t *testing.T, r *env) {
-			wantContent(t, r, "old", "old content")
-			wantNoUploads(t, r)
+		check: func(t *testing.T, e *env) { wantContent(t, e, "copy", "old content") },
+		always: func(t *testing.T, e *env) {
+			wantContent(t, e, "old", "old content")
+			wantNoUploads(t, e)
 		},
 	},
 	{
@@ -230,10 +230,10 @@ var calls = []struct {
 			s3fault.CompleteMultipartUpload,
 		},
 		call:  func(ctx context.Context, s object.Store) error { return copyOld(ctx, s, 1, oldPartsETag) },
-		check: func(t *testing.T, r *env) { wantContent(t, r, "copy", "old content") },
-		always: func(t *testing.T, r *env) {
-			wantContent(t, r, "old", "old content")
-			wantNoUploads(t, r)
+		check: func(t *testing.T, e *env) { wantContent(t, e, "copy", "old content") },
+		always: func(t *testing.T, e *env) {
+			wantContent(t, e, "old", "old content")
+			wantNoUploads(t, e)
 		},
 	},
 	{
@@ -277,18 +277,18 @@ func copyOld(ctx context.Context, s object.Store, threshold int64, etag string) 
 }
 
 // wantNoUploads checks that no upload is open in the bucket.
-func wantNoUploads(t *testing.T, r *env) {
+func wantNoUploads(t *testing.T, e *env) {
 	t.Helper()
 	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(),
-		&awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
+		&awss3.ListMultipartUploadsInput{Bucket: &e.options.Bucket})
 	if err != nil || len(out.Uploads) != 0 {
-		t.Errorf("open uploads: %v, %v; requests: %v", out.Uploads, err, r.proxy.Events())
+		t.Errorf("open uploads: %v, %v; requests: %v", out.Uploads, err, e.proxy.Events())
 	}
 }
 
-func wantContent(t *testing.T, r *env, key, want string) {
+func wantContent(t *testing.T, e *env, key, want string) {
 	t.Helper()
-	if got := r.holds(t, key); got != want {
+	if got := e.holds(t, key); got != want {
 		t.Errorf("%s holds %q, want %q", key, got, want)
 	}
 }
@@ -373,48 +373,48 @@ func TestFaults(t *testing.T) {
 					for _, times := range []int{1, -1} {
 						t.Run(fmt.Sprintf("%s/%s/%d", c.name, op, times), func(t *testing.T) {
 							t.Parallel()
-							r := newEnv(t, func(o *s3.Options) {
+							e := newEnv(t, func(o *s3.Options) {
 								o.MaxAttempts = 3
 								if c.parts {
 									o.MultipartThreshold = 1
 								}
 							})
-							r.put(t, "old", "old content")
-							r.put(t, "other", "other content")
-							r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: f.action})
-							err := c.call(t.Context(), r.store)
+							e.put(t, "old", "old content")
+							e.put(t, "other", "other content")
+							e.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: f.action})
+							err := c.call(t.Context(), e.store)
 							missing := c.name == "HeadMissing" && op == s3fault.HeadObject || c.name == "HeadMissing" &&
 								(f.name == "truncated" || f.name == "short" || f.name == "no ETag")
-							if !missing || r.proxy.Fired() > 0 {
-								r.proxy.MustHaveFired(t)
+							if !missing || e.proxy.Fired() > 0 {
+								e.proxy.MustHaveFired(t)
 							}
 							if err != nil && strings.Contains(err.Error(), "WRONG") {
 								t.Error(err)
 							}
 							if err == nil && c.check != nil {
-								c.check(t, r)
+								c.check(t, e)
 							}
 							if c.always != nil {
-								c.always(t, r)
+								c.always(t, e)
 							}
 							if err != nil && !missing {
-								wantClear(t, r, err)
+								wantClear(t, e, err)
 							}
 							headed := op == s3fault.HeadObject // a GET follows, since a HEAD has no body
 							if times == 1 && f.once == nil && err != nil {
 								t.Errorf("one fault fails the call: %v", err)
 							}
 							if op == s3fault.GetObjectTagging && f.name == "AccessDenied" {
-								if err != nil || r.proxy.Fired() != 1 {
-									t.Errorf("unreadable tags: %d attempts, err = %v", r.proxy.Fired(), err)
+								if err != nil || e.proxy.Fired() != 1 {
+									t.Errorf("unreadable tags: %d attempts, err = %v", e.proxy.Fired(), err)
 								}
 								return
 							}
 							if f.once != nil && !errors.Is(f.once, always) && !headed && !errors.Is(err, f.once) {
 								t.Errorf("err = %v, want %v", err, f.once)
 							}
-							if f.once != nil && !errors.Is(f.once, always) && !headed && r.proxy.Fired() > 1 {
-								t.Errorf("%d attempts after a permanent error", r.proxy.Fired())
+							if f.once != nil && !errors.Is(f.once, always) && !headed && e.proxy.Fired() > 1 {
+								t.Errorf("%d attempts after a permanent error", e.proxy.Fired())
 							}
 						})
 					}
@@ -435,7 +435,7 @@ func hasAnswer(op s3fault.Op) bool {
 }
 
 // wantClear checks that an error has one kind and the bucket's name, and no credentials.
-func wantClear(t *testing.T, r *env, err error) {
+func wantClear(t *testing.T, e *env, err error) {
 	t.Helper()
 	if !errors.Is(err, object.ErrUnavailable) && !errors.Is(err, object.ErrFull) && !errors.Is(err, object.ErrDenied) &&
 		!errors.Is(err, object.ErrMisconfigured) && !errors.Is(err, object.ErrInvalidKey) {
@@ -445,7 +445,7 @@ func wantClear(t *testing.T, r *env, err error) {
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		t.Errorf("err = %v, of more than one kind", err)
 	}
-	if !strings.Contains(err.Error(), r.options.Bucket) {
+	if !strings.Contains(err.Error(), e.options.Bucket) {
 		t.Errorf("err = %v, without the bucket's name", err)
 	}
 	if text := err.Error(); strings.Contains(text, s3test.SecretAccessKey) || strings.Contains(text, s3test.AccessKeyID) {
@@ -466,34 +466,34 @@ func TestHang(t *testing.T) {
 				}
 				t.Run(fmt.Sprintf("%s/%s/%s", c.name, op, name), func(t *testing.T) {
 					t.Parallel()
-					r := newEnv(t, func(o *s3.Options) {
+					e := newEnv(t, func(o *s3.Options) {
 						o.RequestTimeout, o.MaxAttempts = 200*time.Millisecond, 2
 						if c.parts {
 							o.MultipartThreshold = 1
 						}
 					})
-					r.put(t, "old", "old content")
-					r.put(t, "other", "other content")
-					r.proxy.Plan(s3fault.Rule{Op: op, Times: -1, Action: action})
+					e.put(t, "old", "old content")
+					e.put(t, "other", "other content")
+					e.proxy.Plan(s3fault.Rule{Op: op, Times: -1, Action: action})
 					start := time.Now()
-					err := c.call(t.Context(), r.store)
+					err := c.call(t.Context(), e.store)
 					if took := time.Since(start); took > 20*time.Second {
 						t.Errorf("took %v", took)
 					}
 					if c.name != "HeadMissing" {
-						r.proxy.MustHaveFired(t)
+						e.proxy.MustHaveFired(t)
 					}
 					switch {
 					case err != nil:
 						if strings.Contains(err.Error(), "WRONG") {
 							t.Error(err)
 						}
-						wantClear(t, r, err)
+						wantClear(t, e, err)
 					case c.check != nil:
-						c.check(t, r)
+						c.check(t, e)
 					}
 					if c.always != nil {
-						c.always(t, r)
+						c.always(t, e)
 					}
 				})
 			}
@@ -510,30 +510,30 @@ func TestCreateLostResponse(t *testing.T) {
 		} {
 			for _, times := range []int{1, -1} {
 				t.Run(fmt.Sprint(op, name, times), func(t *testing.T) {
-					r := newEnv(t, func(o *s3.Options) {
+					e := newEnv(t, func(o *s3.Options) {
 						o.MaxAttempts = 2
 						if parts {
 							o.MultipartThreshold = 1
 						}
 					})
-					r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
-					info, err := r.store.Create(t.Context(), "k", []byte("mine"))
+					e.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
+					info, err := e.store.Create(t.Context(), "k", []byte("mine"))
 					if err != nil {
 						t.Fatalf("own object: %v", err)
 					}
-					r.proxy.MustHaveFired(t)
-					head, err := r.plain.Head(t.Context(), "k")
+					e.proxy.MustHaveFired(t)
+					head, err := e.plain.Head(t.Context(), "k")
 					if err != nil || head.ETag != info.ETag || head.Size != info.Size {
 						t.Errorf("Create says %+v, Head %+v, %v", info, head, err)
 					}
-					wantContent(t, r, "k", "mine")
+					wantContent(t, e, "k", "mine")
 
 					// The same with a foreign object of the same content.
-					r.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
-					if _, err := r.store.Create(t.Context(), "k", []byte("mine")); !errors.Is(err, object.ErrExists) {
+					e.proxy.Plan(s3fault.Rule{Op: op, Times: times, Action: action})
+					if _, err := e.store.Create(t.Context(), "k", []byte("mine")); !errors.Is(err, object.ErrExists) {
 						t.Errorf("foreign object: err = %v, want ErrExists", err)
 					}
-					r.proxy.MustHaveFired(t)
+					e.proxy.MustHaveFired(t)
 				})
 			}
 		}
@@ -542,20 +542,20 @@ func TestCreateLostResponse(t *testing.T) {
 
 // On a server that loses metadata, Create compares the content.
 func TestCreateWithoutMetadata(t *testing.T) {
-	r := newEnv(t, nil)
+	e := newEnv(t, nil)
 	forget := s3fault.Rule{Op: s3fault.HeadObject, Times: -1, Action: s3fault.StripAnswer("X-Amz-Meta-Snapshotd-Write")}
 	lose := s3fault.Rule{Op: s3fault.PutObject, Action: s3fault.Lost()}
-	r.proxy.Plan(forget, lose)
-	if _, err := r.store.Create(t.Context(), "k", []byte("mine")); err != nil {
+	e.proxy.Plan(forget, lose)
+	if _, err := e.store.Create(t.Context(), "k", []byte("mine")); err != nil {
 		t.Error(err)
 	}
-	r.proxy.MustHaveFired(t)
-	r.put(t, "k2", "them")
-	r.proxy.Plan(forget, lose)
-	if _, err := r.store.Create(t.Context(), "k2", []byte("mine")); !errors.Is(err, object.ErrExists) {
+	e.proxy.MustHaveFired(t)
+	e.put(t, "k2", "them")
+	e.proxy.Plan(forget, lose)
+	if _, err := e.store.Create(t.Context(), "k2", []byte("mine")); !errors.Is(err, object.ErrExists) {
 		t.Errorf("err = %v, want ErrExists", err)
 	}
-	r.proxy.MustHaveFired(t)
+	e.proxy.MustHaveFired(t)
 }
 
 func TestRedirectIsNotFollowed(t *testing.T) {
@@ -566,18 +566,18 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 	defer elsewhere.Close()
 	for _, status := range []int{301, 302, 307, 308} {
 		for _, c := range calls {
-			r := newEnv(t, func(o *s3.Options) {
+			e := newEnv(t, func(o *s3.Options) {
 				if c.parts {
 					o.MultipartThreshold = 1
 				}
 			})
-			r.put(t, "old", "old content")
-			r.put(t, "other", "other content")
-			r.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.StatusWith(status, "TemporaryRedirect", http.Header{
+			e.put(t, "old", "old content")
+			e.put(t, "other", "other content")
+			e.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.StatusWith(status, "TemporaryRedirect", http.Header{
 				"Location": {elsewhere.URL + "/x"}, "X-Amz-Bucket-Region": {"eu-test-9"},
 			})})
-			err := c.call(t.Context(), r.store)
-			r.proxy.MustHaveFired(t)
+			err := c.call(t.Context(), e.store)
+			e.proxy.MustHaveFired(t)
 			if !errors.Is(err, object.ErrMisconfigured) || !strings.Contains(err.Error(), "eu-test-9") {
 				t.Errorf("%d of %s: err = %v", status, c.name, err)
 			}
@@ -590,31 +590,31 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 }
 
 func TestUploadsAreAborted(t *testing.T) {
-	r := newEnv(t, func(o *s3.Options) {
+	e := newEnv(t, func(o *s3.Options) {
 		o.MultipartThreshold, o.PartSize = 1, 5<<20
 	})
 	body := bytes.Repeat([]byte("0123456789abcdef"), 12<<20/16)
-	r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPart, Skip: 1, Times: -1, Action: s3fault.Status(403, "AccessDenied")})
-	if _, err := r.store.Put(t.Context(), "big", body); !errors.Is(err, object.ErrDenied) {
+	e.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPart, Skip: 1, Times: -1, Action: s3fault.Status(403, "AccessDenied")})
+	if _, err := e.store.Put(t.Context(), "big", body); !errors.Is(err, object.ErrDenied) {
 		t.Errorf("err = %v", err)
 	}
-	r.proxy.MustHaveFired(t)
-	wantContent(t, r, "big", "-")
+	e.proxy.MustHaveFired(t)
+	wantContent(t, e, "big", "-")
 	out, err := s3test.Shared(t).Client().ListMultipartUploads(t.Context(),
-		&awss3.ListMultipartUploadsInput{Bucket: &r.options.Bucket})
+		&awss3.ListMultipartUploadsInput{Bucket: &e.options.Bucket})
 	if err != nil || len(out.Uploads) != 0 {
 		t.Errorf("left: %v, %v", out.Uploads, err)
 	}
-	r.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPart, Skip: 1, Action: s3fault.Reset()})
-	if _, err := r.store.Create(t.Context(), "big", body); err != nil {
+	e.proxy.Plan(s3fault.Rule{Op: s3fault.UploadPart, Skip: 1, Action: s3fault.Reset()})
+	if _, err := e.store.Create(t.Context(), "big", body); err != nil {
 		t.Fatal(err)
 	}
 	// A part of the aborted upload may have arrived late.
-	if n := r.proxy.Count(s3fault.UploadPart); n < 4 {
+	if n := e.proxy.Count(s3fault.UploadPart); n < 4 {
 		t.Errorf("%d parts sent, want 3 and one retry", n)
 	}
-	wantContent(t, r, "big", string(body))
-	if _, err := r.store.Create(t.Context(), "big", body); !errors.Is(err, object.ErrExists) {
+	wantContent(t, e, "big", string(body))
+	if _, err := e.store.Create(t.Context(), "big", body); !errors.Is(err, object.ErrExists) {
 		t.Errorf("err = %v, want ErrExists", err)
 	}
 }
@@ -638,16 +638,16 @@ func TestWrongLists(t *testing.T) {
 		"missing count": edit("<KeyCount>3", "<KeyCount>4"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newEnv(t, nil)
+			e := newEnv(t, nil)
 			for _, key := range []string{"a/1", "a/2", "a/3"} {
-				r.put(t, key, "x")
+				e.put(t, key, "x")
 			}
-			r.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: action})
+			e.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: action})
 			var last error
-			for _, err := range r.store.List(t.Context(), "a/") {
+			for _, err := range e.store.List(t.Context(), "a/") {
 				last = err
 			}
-			r.proxy.MustHaveFired(t)
+			e.proxy.MustHaveFired(t)
 			want := object.ErrUnavailable
 			if name == "out of order" { // each time: a property of the store
 				want = object.ErrMisconfigured
@@ -658,14 +658,14 @@ func TestWrongLists(t *testing.T) {
 		})
 	}
 	t.Run("endless", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: edit(
+		e := newEnv(t, nil)
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.ListObjectsV2, Times: -1, Action: edit(
 			"<IsTruncated>false</IsTruncated>", "<IsTruncated>true</IsTruncated>"+
 				"<NextContinuationToken>again</NextContinuationToken>")})
-		_, err := listed(t.Context(), r.store)
-		r.proxy.MustHaveFired(t)
-		if !errors.Is(err, object.ErrUnavailable) || r.proxy.Count(s3fault.ListObjectsV2) > 10 {
-			t.Errorf("err = %v after %d pages", err, r.proxy.Count(s3fault.ListObjectsV2))
+		_, err := listed(t.Context(), e.store)
+		e.proxy.MustHaveFired(t)
+		if !errors.Is(err, object.ErrUnavailable) || e.proxy.Count(s3fault.ListObjectsV2) > 10 {
+			t.Errorf("err = %v after %d pages", err, e.proxy.Count(s3fault.ListObjectsV2))
 		}
 	})
 }
@@ -678,94 +678,94 @@ func TestDelete(t *testing.T) {
 		})
 	}
 	t.Run("some denied", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: answer(
+		e := newEnv(t, nil)
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: answer(
 			`<DeleteResult><Deleted><Key>a</Key></Deleted>` +
 				`<Error><Key>b</Key><Code>AccessDenied</Code></Error>` +
 				`<Error><Key>c</Key><Code>NoSuchKey</Code></Error></DeleteResult>`)})
-		err := r.store.Delete(t.Context(), "a", "b", "c")
-		r.proxy.MustHaveFired(t)
+		err := e.store.Delete(t.Context(), "a", "b", "c")
+		e.proxy.MustHaveFired(t)
 		if one, ok := errors.AsType[*object.DeleteError](err); !ok || one.Key != "b" || !errors.Is(err, object.ErrDenied) ||
 			strings.Count(err.Error(), "delete ") > 2 {
 			t.Errorf("err = %v, want b denied", err)
 		}
 	})
 	t.Run("some retried", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.put(t, "b", "x")
-		r.proxy.Plan(s3fault.Rule{
+		e := newEnv(t, nil)
+		e.put(t, "b", "x")
+		e.proxy.Plan(s3fault.Rule{
 			Op: s3fault.DeleteObjects,
 			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte(
 				`<DeleteResult><Deleted><Key>a</Key></Deleted><Error><Key>b</Key><Code>SlowDown</Code></Error></DeleteResult>`)}),
 		})
-		if err := r.store.Delete(t.Context(), "a", "b", "c"); err != nil {
+		if err := e.store.Delete(t.Context(), "a", "b", "c"); err != nil {
 			t.Error(err)
 		}
-		r.proxy.MustHaveFired(t)
-		wantContent(t, r, "b", "-")
+		e.proxy.MustHaveFired(t)
+		wantContent(t, e, "b", "-")
 	})
 	t.Run("page of a proxy", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{
+		e := newEnv(t, nil)
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Action: s3fault.Instead(&s3fault.Answer{
 			Status: 404, Body: []byte("<html>default backend - 404</html>"),
 		})})
 		for range 2 {
-			r.put(t, "a", "x")
-			if err := r.store.Delete(t.Context(), "a", "missing"); err != nil {
+			e.put(t, "a", "x")
+			if err := e.store.Delete(t.Context(), "a", "missing"); err != nil {
 				t.Error(err)
 			}
-			wantContent(t, r, "a", "-")
+			wantContent(t, e, "a", "-")
 		}
-		r.proxy.MustHaveFired(t)
-		if batches, single := r.proxy.Count(s3fault.DeleteObjects), r.proxy.Count(s3fault.DeleteObject); batches != 2 ||
+		e.proxy.MustHaveFired(t)
+		if batches, single := e.proxy.Count(s3fault.DeleteObjects), e.proxy.Count(s3fault.DeleteObject); batches != 2 ||
 			single != 2 {
 			t.Errorf("%d batches and %d single deletes, want 2 and 2", batches, single)
 		}
 	})
 	t.Run("one by one", func(t *testing.T) {
-		r := newEnv(t, nil)
-		r.put(t, "a", "x")
-		r.put(t, "b", "x")
-		r.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Times: -1, Action: s3fault.Status(501, "NotImplemented")})
+		e := newEnv(t, nil)
+		e.put(t, "a", "x")
+		e.put(t, "b", "x")
+		e.proxy.Plan(s3fault.Rule{Op: s3fault.DeleteObjects, Times: -1, Action: s3fault.Status(501, "NotImplemented")})
 		for range 2 {
-			if err := r.store.Delete(t.Context(), "a", "b", "missing"); err != nil {
+			if err := e.store.Delete(t.Context(), "a", "b", "missing"); err != nil {
 				t.Error(err)
 			}
 		}
-		r.proxy.MustHaveFired(t)
-		if r.proxy.Fired() != 1 || r.proxy.Count(s3fault.DeleteObject) != 6 {
-			t.Errorf("%d batches and %d single deletes, want 1 and 6", r.proxy.Fired(), r.proxy.Count(s3fault.DeleteObject))
+		e.proxy.MustHaveFired(t)
+		if e.proxy.Fired() != 1 || e.proxy.Count(s3fault.DeleteObject) != 6 {
+			t.Errorf("%d batches and %d single deletes, want 1 and 6", e.proxy.Fired(), e.proxy.Count(s3fault.DeleteObject))
 		}
-		wantContent(t, r, "a", "-")
+		wantContent(t, e, "a", "-")
 		// A response that is not that of a delete is verified.
-		r.put(t, "a", "x")
-		r.proxy.Plan(s3fault.Rule{
+		e.put(t, "a", "x")
+		e.proxy.Plan(s3fault.Rule{
 			Op: s3fault.DeleteObject, Times: -1,
 			Action: s3fault.Instead(&s3fault.Answer{Status: 200, Body: []byte("<html>")}),
 		})
-		if err := r.store.Delete(t.Context(), "a"); !errors.Is(err, object.ErrUnavailable) {
+		if err := e.store.Delete(t.Context(), "a"); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v, want ErrUnavailable", err)
 		}
 	})
 }
 
 func TestBudget(t *testing.T) {
-	r := newEnv(t, func(o *s3.Options) { o.RetryBudget, o.MaxAttempts = 5, 10 })
-	r.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(503, "SlowDown")})
+	e := newEnv(t, func(o *s3.Options) { o.RetryBudget, o.MaxAttempts = 5, 10 })
+	e.proxy.Plan(s3fault.Rule{Times: -1, Action: s3fault.Status(503, "SlowDown")})
 	for range 10 {
-		if _, err := r.store.Now(t.Context()); !errors.Is(err, object.ErrUnavailable) {
+		if _, err := e.store.Now(t.Context()); !errors.Is(err, object.ErrUnavailable) {
 			t.Errorf("err = %v", err)
 		}
 	}
-	if n := r.proxy.Fired(); n > 20 {
+	if n := e.proxy.Fired(); n > 20 {
 		t.Errorf("%d requests of 10 calls, with a budget of 5 retries", n)
 	}
-	if n := r.proxy.Fired(); n < 15 {
+	if n := e.proxy.Fired(); n < 15 {
 		t.Errorf("%d requests, so no retry was allowed", n)
 	}
 	time.Sleep(2 * time.Second)
-	r.proxy.Plan(s3fault.Rule{Action: s3fault.Status(503, "SlowDown")})
-	if _, err := r.store.Now(t.Context()); err != nil {
+	e.proxy.Plan(s3fault.Rule{Action: s3fault.Status(503, "SlowDown")})
+	if _, err := e.store.Now(t.Context()); err != nil {
 		t.Errorf("the budget does not refill: %v", err)
 	}
 }
@@ -837,14 +837,14 @@ func TestSecrets(t *testing.T) {
 	var log bytes.Buffer
 	core := zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&log),
 		zapcore.DebugLevel)
-	r := newEnv(t, func(o *s3.Options) { o.Log = zap.New(core) })
+	e := newEnv(t, func(o *s3.Options) { o.Log = zap.New(core) })
 	for _, action := range []s3fault.Action{
 		s3fault.Reset(), s3fault.Status(503, "SlowDown"), s3fault.HTML200(),
 		s3fault.Status(403, "SignatureDoesNotMatch"),
 	} {
 		for _, c := range calls {
-			r.proxy.Plan(s3fault.Rule{Times: 2, Action: action})
-			if err := c.call(t.Context(), r.store); err != nil && strings.Contains(err.Error(), "canary") {
+			e.proxy.Plan(s3fault.Rule{Times: 2, Action: action})
+			if err := c.call(t.Context(), e.store); err != nil && strings.Contains(err.Error(), "canary") {
 				t.Errorf("credentials in %v", err)
 			}
 		}
