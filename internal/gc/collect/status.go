@@ -60,7 +60,7 @@ func (c *Collector) Status(ctx context.Context) (Status, error) {
 	return s, nil
 }
 
-// halts returns the stopped work of all replicas, of the leader (from its record) and of
+// haltsOf returns the stopped work of all replicas, of the leader (from its record) and of
 // this replica, which cannot read the references of unreadable snapshots.
 func (c *Collector) haltsOf(
 	ctx context.Context, rec *storagev1.Round, blocked string, untrusted error, unreadable int,
