@@ -110,11 +110,11 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
-	now := s.manager.Stats()
+	now, leading := s.manager.Stats(), s.replica.Leading()
 	for _, state := range []snapshot.State{snapshot.Pending, snapshot.Committed, snapshot.Deleting} {
 		gauge(snapshotsDesc, float64(now.Snapshots[state]), strings.ToLower(state.String()))
 	}
-	gauge(leaderDesc, boolGauge(s.replica.Leading()))
+	gauge(leaderDesc, boolGauge(leading))
 	pending := notReady(s.stores)
 	for alias, store := range s.stores {
 		ready := !slices.Contains(pending, alias)
@@ -150,7 +150,7 @@ func (s stats) Collect(ch chan<- prometheus.Metric) {
 	gauge(tombstonesDesc, float64(refs.Granted), "snapshotd")
 	gauge(tombstonesDesc, float64(refs.Unconfirmed), "caller")
 	gauge(oldestDesc, refs.Oldest.Seconds())
-	s.collector(ch, gauge, s.replica.Leading())
+	s.collector(ch, gauge, leading)
 }
 
 // boolGauge returns 1 for true and 0 for false.
