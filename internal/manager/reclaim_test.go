@@ -44,6 +44,17 @@ func (e *env) writeFiles(s *segment.Segment) {
 	}
 }
 
+// heldSegment makes a collection whose only segment is dropped and held by a snapshot.
+func (e *env) heldSegment(r *testReplica) (catalog.Collection, *snapshot.Record, []gc.Ask) {
+	e.t.Helper()
+	col, _, _ := e.collection(r, "c")
+	s := e.segment(r, col, 0, 1, 20)
+	e.addWritten(r, col, s)
+	e.checkpoint(r, col, 100, 100)
+	snap := e.create(r, col, "x")
+	return col, snap, e.dropSegments(r, col, s.ID)
+}
+
 // dropSegments drops segments of a collection and returns their ids as asks.
 func (e *env) dropSegments(r *testReplica, col catalog.Collection, ids ...int64) []gc.Ask {
 	e.t.Helper()
@@ -661,12 +672,7 @@ func TestUnreadableReferences(t *testing.T) {
 func TestReferencesOfALostStore(t *testing.T) {
 	inEnv(t, func(t *testing.T, e *env) {
 		r := e.start("a")
-		col, _, _ := e.collection(r, "c")
-		s := e.segment(r, col, 0, 1, 20)
-		e.addWritten(r, col, s)
-		e.checkpoint(r, col, 100, 100)
-		snap := e.create(r, col, "x")
-		asks := e.dropSegments(r, col, s.ID)
+		col, snap, asks := e.heldSegment(r)
 		lost := func(c object.Call) object.Fault {
 			if c.Op == object.OpGet {
 				return object.FaultBefore
@@ -773,12 +779,7 @@ func TestUnparseableRecordBlocksAll(t *testing.T) {
 func TestKnownReferencesSurviveANewerRecord(t *testing.T) {
 	inEnv(t, func(_ *testing.T, e *env) {
 		r := e.start("a")
-		col, _, _ := e.collection(r, "c")
-		s := e.segment(r, col, 0, 1, 20)
-		e.addWritten(r, col, s)
-		e.checkpoint(r, col, 100, 100)
-		snap := e.create(r, col, "x")
-		asks := e.dropSegments(r, col, s.ID)
+		col, snap, asks := e.heldSegment(r)
 		settle()
 		old := e.record(snap)
 		r.store.Plan(func(c object.Call) object.Fault { // nothing can be read again
