@@ -6,6 +6,8 @@ import (
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc/refs"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
+	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
 
@@ -31,12 +33,11 @@ func (g *GC) Counts(ctx context.Context, collection int64) (Counts, error) {
 // before the call are known, and returns the history of the metadata store. The error is
 // ErrLoading or ErrUnreadable when they are not.
 func (g *GC) Ready(ctx context.Context, collection int64) (history int64, err error) {
-	res, err := g.kv.Txn(ctx, meta.Txn{Then: commonReads(collection)})
+	res, err := g.kv.Txn(ctx, meta.Txn{Then: []meta.Op{meta.Get(keys.Generation(collection)), meta.Get(keys.Epoch)}})
 	if err != nil {
 		return 0, fmt.Errorf("read the generation of collection %d: %w", collection, err)
 	}
-	p := newPreconditions(&res, 0)
-	return p.history, g.refs.Ready(ctx, collection, p.revision, p.generation)
+	return epoch.History(res.Ranges[1]), g.refs.Ready(ctx, collection, res.Revision, generationOf(res.Ranges[0]))
 }
 
 // Segment returns the number of snapshots that reference the segment.

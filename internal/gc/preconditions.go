@@ -117,12 +117,18 @@ func commonReads(collection int64) []meta.Op {
 // commonReads.
 func newPreconditions(res *meta.TxnResult, n int) *preconditions {
 	p := &preconditions{revision: res.Revision, pending: res.Ranges[1], units: make([]unitState, n)}
-	for _, kv := range res.Ranges[0] {
-		p.generation = kv.ModRevision
-	}
+	p.generation = generationOf(res.Ranges[0])
 	p.rolledBack = epoch.Blocked(res.Ranges[2])
 	p.history = epoch.History(res.Ranges[3])
 	return p
+}
+
+// generationOf returns the generation of a collection, from the result of a get of its key.
+func generationOf(found []meta.KeyValue) int64 {
+	if len(found) == 0 {
+		return 0
+	}
+	return found[0].ModRevision
 }
 
 // readPreconditions reads the preconditions of a decision on targets.

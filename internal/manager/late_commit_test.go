@@ -2,10 +2,12 @@ package manager
 
 import (
 	"context"
+	"fmt"
 	"testing"
 
 	"github.com/snapshotd/snapshotd/internal/catalog"
 	"github.com/snapshotd/snapshotd/internal/gc"
+	"github.com/snapshotd/snapshotd/internal/gc/collect"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 )
@@ -31,6 +33,12 @@ func TestGrantWaitsForTheCommit(t *testing.T) {
 		wantError(t, err, gc.ErrLoading)
 		_, err = b.GC.Counts(t.Context(), col.ID)
 		wantError(t, err, gc.ErrLoading)
+		if _, err := e.objects.Put(t.Context(), fmt.Sprintf("data/%d/0/99/insert/100/1", col.ID), []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, b.Collector.Orphans(t.Context(), collect.OrphanOptions{
+			Collection: ref, Report: func(o collect.Orphan) error { t.Errorf("listed %+v", o); return nil },
+		}), gc.ErrLoading)
 		close(late.sent)
 		e.collection(a, "another") // for which the replica requests progress
 		answers, err := b.GC.Reclaim(t.Context(), ref, asks, gc.ByCaller, "")
