@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 )
 
 // errNoEpoch means that this replica does not detect rollbacks of the metadata store.
@@ -29,7 +31,7 @@ func (m *Manager) CheckRollback(ctx context.Context) error {
 	if m.o.Epoch == nil {
 		return nil
 	}
-	behind, err := m.o.Epoch.RolledBack(ctx)
+	behind, err := epoch.RolledBack(ctx, m.kv)
 	if err != nil {
 		return err
 	}

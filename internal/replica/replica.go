@@ -137,7 +137,6 @@ func New(o Options) (*Replica, error) {
 		Now: o.Now, Clock: o.Clock, Rand: o.Rand, Log: o.Log, Jitter: o.Jitter, Problems: o.Problems, Replica: o.Replica,
 		Interval: o.Interval, Rate: o.Rate,
 	})
-	o.Collector.Epoch = o.Epoch
 	r.Collector = collect.New(r.GC, o.Collector)
 	r.Snapshots = snapshot.NewReader(snapshot.ReaderOptions{
 		KV: o.KV, Catalog: o.Catalog, Stores: o.Stores, Exists: r.GC.References().Has,

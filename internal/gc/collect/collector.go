@@ -64,7 +64,6 @@ import (
 	"github.com/snapshotd/snapshotd/internal/gc"
 	"github.com/snapshotd/snapshotd/internal/gc/refs"
 	"github.com/snapshotd/snapshotd/internal/store/clock"
-	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/lasting"
 	"github.com/snapshotd/snapshotd/internal/store/meta"
 	"github.com/snapshotd/snapshotd/internal/store/object"
@@ -89,8 +88,6 @@ type Options struct {
 	// SweepInterval is the time between the leader's sweeps. The first one starts a
 	// minute after it begins to lead. Default 1 h.
 	SweepInterval time.Duration
-	// Epoch detects rollbacks of the metadata store. Nil: no detection.
-	Epoch *epoch.Epoch
 }
 
 // Collector runs cycles and sweeps. It is safe for concurrent use. All background work

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/snapshotd/snapshotd/internal/store/clock"
+	"github.com/snapshotd/snapshotd/internal/store/epoch"
 	"github.com/snapshotd/snapshotd/internal/store/keys"
 	"github.com/snapshotd/snapshotd/internal/store/meta/election"
 	"github.com/snapshotd/snapshotd/internal/store/record"
@@ -99,10 +100,7 @@ func (c *Collector) haltsOf(
 // after a rollback of the metadata store, and how to recover. It is empty while no
 // rollback is known.
 func (c *Collector) RolledBack(ctx context.Context) (string, error) {
-	if c.o.Epoch == nil {
-		return "", nil
-	}
-	behind, err := c.o.Epoch.RolledBack(ctx)
+	behind, err := epoch.RolledBack(ctx, c.kv)
 	if err != nil || behind == nil {
 		return "", err
 	}

@@ -169,15 +169,15 @@ func History(found []meta.KeyValue) int64 {
 
 // RolledBack returns an ErrRolledBack as its first result while /behind exists, else nil.
 // It does not read the object store. The second result is the error of the read.
-func (e *Epoch) RolledBack(ctx context.Context) (rolledBack, err error) {
-	kv, found, _, err := e.o.KV.Get(ctx, keys.RolledBack)
+func RolledBack(ctx context.Context, kv meta.KV) (rolledBack, err error) {
+	v, found, _, err := kv.Get(ctx, keys.RolledBack)
 	if err != nil {
 		return nil, fmt.Errorf("read the metadata rollback state: %w", err)
 	}
 	if !found {
 		return nil, nil
 	}
-	return Blocked([]meta.KeyValue{kv}), nil
+	return Blocked([]meta.KeyValue{v}), nil
 }
 
 // LostBelow returns the id below which the absence of a record is no reason to delete an

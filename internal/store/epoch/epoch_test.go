@@ -535,7 +535,7 @@ func TestRestoredBackup(t *testing.T) {
 				_, err = r.ids.NextID(t.Context())
 				wantRolledBack(t, err)
 				wantRolledBack(t, r.ids.ReserveIDs(t.Context(), request.Token{}, catalog.IDRange{First: 1 << 40, Count: 5}))
-				rolledBack, err := r.RolledBack(t.Context())
+				rolledBack, err := epoch.RolledBack(t.Context(), e.kv)
 				e.must(err)
 				wantRolledBack(t, rolledBack)
 				if _, ok, err := r.ids.Allocated(t.Context(), 100); !ok || err != nil {

@@ -105,7 +105,7 @@ func (e *Epoch) runUntilRollback(
 			err = e.checkAndHeartbeat(ctx)
 		case <-changed:
 			var rolledBack error
-			if rolledBack, err = e.RolledBack(ctx); rolledBack != nil {
+			if rolledBack, err = RolledBack(ctx, e.o.KV); rolledBack != nil {
 				err = rolledBack
 			}
 		}
